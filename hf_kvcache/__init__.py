@@ -1,0 +1,34 @@
+"""hf_kvcache: a compressed KV cache for an existing Hugging Face model, in one line.
+
+from hf_kvcache import patch_model
+patch_model(model, method="kvsharer")
+"""
+
+import os as _os
+
+_root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile(_os.path.join(_root, "setup.cfg")):
+    # a source checkout on a file system without symbolic links
+    __path__.append(_root)
+
+from hf_kvcache.api import is_patched, new_cache, patch_model, unpatch_model  # noqa: E402
+from hf_kvcache.cache import KVCache  # noqa: E402
+from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
+from hf_kvcache.sharing import SharingPlan  # noqa: E402
+from hf_kvcache.spec import CacheSpec  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "CacheSpec",
+    "KVCache",
+    "KVSharer",
+    "Method",
+    "Offload",
+    "SharingPlan",
+    "is_patched",
+    "new_cache",
+    "patch_model",
+    "unpatch_model",
+]

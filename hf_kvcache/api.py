@@ -1,0 +1,108 @@
+"""The functions that users call. The only module, with the command line, that sees methods and patches at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, TypeVar
+
+from torch import nn
+
+from hf_kvcache.cache import KVCache
+from hf_kvcache.calibration.probe import ModelProbe
+from hf_kvcache.fingerprint import fingerprint, matches
+from hf_kvcache.methods import Method
+from hf_kvcache.patches.adapters import find_adapter
+from hf_kvcache.patches.attach import attach, attached, detach
+from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.resolve import resolve
+from hf_kvcache.spec import CacheSpec
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def patch_model(
+    model: ModelT, method: str | Method | Sequence[str | Method] | None = None, *, tokenizer: Any = None, **options: Any
+) -> ModelT:
+    """Gives a transformers model, in place, a compressed KV cache. Everything else about it stays as it is.
+
+    Args:
+        model: a decoder-only model of a supported family, or a PEFT model around one. Only this instance changes.
+        method: names joined by `+`, a `Method`, a list of either, or None for our cache with nothing lost. A patched
+            model is unpatched first.
+        tokenizer: for methods that calibrate on text; None to look for one at the place the model was loaded from.
+        options: flat options of the named methods, e.g. `share=0.25`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: for an unknown method or option, or a plan that does not fit.
+        NotImplementedError: for a model that is not supported; the text says what is missing. On any error the model
+            is left as it was.
+
+    Example:
+        >>> patch_model(model, method="kvsharer", share=0.25)
+        >>> model.generate(**inputs)
+    """
+    target = _base_model(model)
+    methods = resolve(method, options)
+    old = detach(target)
+    try:
+        adapter = find_adapter(target)
+        require_weights(target)
+        full = CacheSpec.full(sliding_windows(target), fingerprint(target))
+        probe = ModelProbe(target, adapter, full, tokenizer)
+        spec = reduce(lambda spec, method: method.apply(spec, probe), methods, full)
+        check_fit(spec)
+        attach(target, adapter, spec)
+    except BaseException:
+        if old is not None:
+            attach(target, old.adapter, old.spec)
+        raise
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Makes a patched model what it was before; does nothing to any other. Returns the same model."""
+    detach(_base_model(model))
+    return model
+
+
+def new_cache(model: nn.Module) -> KVCache:
+    """An empty cache for a patched model, to pass as `past_key_values`."""
+    attachment = attached(_base_model(model))
+    if attachment is None:
+        raise ValueError(
+            f"this {type(model).__name__} is not patched, so it has no cache of ours; call patch_model first"
+        )
+    return KVCache(attachment.spec)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch_model` is in force on this model."""
+    return attached(_base_model(model)) is not None
+
+
+def require_weights(model: nn.Module) -> None:
+    """Raises for a model whose weights were never loaded; dispatched ones may rest on the meta device."""
+    if not hasattr(model, "hf_device_map") and any(weight.device.type == "meta" for weight in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has parameters on the meta device, expected loaded weights; load them first"
+        )
+
+
+def check_fit(spec: CacheSpec) -> None:
+    """Raises when a plan in the spec was made for another model."""
+    spec.check()
+    if not matches(spec.sharing.fingerprint, spec.fingerprint):
+        raise ValueError(
+            f"the sharing plan was made for the model {spec.sharing.fingerprint}, this one is {spec.fingerprint}; "
+            "calibrate a plan for this model"
+        )
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model

@@ -1,0 +1,181 @@
+"""The attention functions that a patched model calls, and the record of one such call.
+
+transformers hands the result of `Cache.update` untouched to the attention function. Our cache layers return themselves
+there, so the function finds the layer, the post-RoPE query and the mask in one place, and the layer decides how to
+attend. In a forward without a cache (perplexity, training) key and value are ordinary tensors, and the model's own
+attention runs on them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_kvcache.sharing import SharingPlan
+
+# name of our function by the attention that the model had; no name holds "flash", which transformers looks for
+NAMES = {
+    "sdpa": "hf_kvcache",
+    "eager": "hf_kvcache_eager",
+    "flash_attention_2": "hf_kvcache_fa2",
+    "flash_attention_3": "hf_kvcache_fa3",
+}
+
+
+def register(base: str) -> str:
+    """Registers our attention and mask function for models that had the attention `base`; returns their name."""
+    if base not in NAMES:
+        raise NotImplementedError(
+            f"attention implementation {base!r} is not supported, expected one of {', '.join(NAMES)}; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    AttentionInterface.register(NAMES[base], partial(attention, base=base))
+    # the boolean mask of sdpa for all of them: None when plainly causal, which Flash needs, and eager can be given one
+    AttentionMaskInterface.register(NAMES[base], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return NAMES[base]
+
+
+class AttendingLayer(Protocol):
+    """A cache layer in the place of key and value."""
+
+    def attend(self, call: AttentionCall) -> Tensor: ...
+
+
+class SharingContext:
+    """Carries producers' KV to their consumers through one forward without a cache.
+
+    A plain object, since wrappers that rebuild dictionaries and lists would lose what is written into it.
+    """
+
+    def __init__(self, plan: SharingPlan) -> None:
+        self.plan = plan
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def resolve(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that `layer` is to read."""
+        source = self.plan.source_layers[layer]
+        if source != layer:
+            return self.kv[source]
+        self.kv[layer] = key, value
+        return key, value
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of an attention module.
+
+    Args:
+        module: the attention module.
+        query: `[B, H_q, L, D]`, after RoPE.
+        mask: boolean `[B, 1, L, seen]` (True = attend), or None when plainly causal and unpadded.
+        scale: factor of the scores.
+        base: the attention implementation that the model had.
+        dropout: of the attention weights.
+        extra: the remaining keyword arguments of the model.
+    """
+
+    module: torch.nn.Module
+    query: Tensor
+    mask: Tensor | None
+    scale: float
+    base: str
+    dropout: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        return self.module.layer_idx
+
+    @property
+    def length(self) -> int:
+        """New tokens in this forward."""
+        return self.query.shape[2]
+
+    @property
+    def softcap(self) -> float:
+        return self.extra.get("softcap") or 0.0
+
+    def to(self, device: torch.device) -> AttentionCall:
+        """The call with its query on `device`: in decoding it is far smaller than the keys it would meet there."""
+        if self.query.device == device:
+            return self
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, query=self.query.to(device), mask=mask)
+
+    def dense(self, key: Tensor, value: Tensor) -> Tensor:
+        """The model's own attention over key and value `[B, H_kv, T, D]`; returns `[B, L, H_q, D]`."""
+        function, mask = _base_function(self.base, self.module, self.mask, self.query, key, self.softcap)
+        return function(
+            self.module, self.query, key, value, mask, scaling=self.scale, dropout=self.dropout, **self.extra
+        )[0]
+
+    def folded_query(self, num_kv_heads: int) -> Tensor:
+        """The query as `[B, H_kv, M, D]`: the query heads of a group become rows, M = group size x L."""
+        batch, _, _, dim = self.query.shape
+        return self.query.reshape(batch, num_kv_heads, -1, dim)
+
+    def unfolded(self, out: Tensor) -> Tensor:
+        """`[B, H_kv, M, D]` back to `[B, L, H_q, D]`."""
+        batch, heads, length, _ = self.query.shape
+        return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous()
+
+    def folded_mask(self, group: int, tokens: int) -> Tensor | None:
+        """The mask of the last `tokens` tokens for a folded query: `[B, 1, M, tokens]`, None when all are attended."""
+        mask = self.mask
+        if mask is None:
+            if self.length == 1:
+                return None
+            mask = causal_mask(self.length, tokens, self.query.device)
+        return mask[..., -tokens:].repeat(1, 1, group, 1)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | AttendingLayer,
+    value: Tensor | AttendingLayer,
+    attention_mask: Tensor | None,
+    *,
+    base: str,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    kv_sharing: SharingContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function; `key` is a cache layer, or a tensor in a forward without a cache."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = AttentionCall(module, query, attention_mask, scale, base, dropout, kwargs)
+    if not isinstance(key, Tensor):
+        return key.attend(call).to(query.device), None
+    if kv_sharing is not None:
+        key, value = (tensor.to(query.device) for tensor in kv_sharing.resolve(call.layer, key, value))
+    return call.dense(key, value), None
+
+
+def causal_mask(length: int, tokens: int, device: torch.device) -> Tensor:
+    """Boolean `[1, 1, length, tokens]` for queries that are the last `length` of `tokens` tokens."""
+    ones = torch.ones(length, tokens, dtype=torch.bool, device=device)
+    return ones.tril(tokens - length)[None, None]
+
+
+def _base_function(base: str, module, mask: Tensor | None, query: Tensor, key: Tensor, softcap: float):
+    """The attention to run for `base`, and the mask in the form that it takes."""
+    length, tokens = query.shape[2], key.shape[2]
+    if base == "eager" or softcap:
+        if mask is None and length > 1:
+            mask = causal_mask(length, tokens, query.device)
+        if mask is not None and mask.dtype == torch.bool:
+            zeros = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+            mask = zeros.masked_fill_(~mask, torch.finfo(query.dtype).min)
+        return sys.modules[type(module).__module__].eager_attention_forward, mask
+    if mask is None:
+        return ALL_ATTENTION_FUNCTIONS[base], None
+    return ALL_ATTENTION_FUNCTIONS["sdpa"], mask

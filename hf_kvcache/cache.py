@@ -1,0 +1,82 @@
+"""`KVCache`: the cache object of a patched model. All state of a run is in it, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from transformers import Cache
+
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.spec import CacheSpec
+
+
+class KVCache(Cache):
+    """A transformers `Cache` built from a `CacheSpec`.
+
+    Works wherever a `DynamicCache` does: `generate`, a plain forward, beam search, assisted decoding, several turns.
+    Copies are cheap: `copy.deepcopy` shares the sealed segments.
+
+    Args:
+        spec: what the cache is made of.
+
+    Example:
+        >>> cache = new_cache(patch_model(model, method=None))
+        >>> model(input_ids, past_key_values=cache)
+        >>> cache.get_seq_length() == input_ids.shape[1]
+        True
+    """
+
+    def __init__(self, spec: CacheSpec) -> None:
+        self.spec = spec
+        last_reader = spec.sharing.last_reader
+        layers: list[KVCacheLayer | SlidingLayer | ConsumerLayer] = []
+        for layer, (source, window) in enumerate(zip(spec.sharing.source_layers, spec.sliding_windows, strict=True)):
+            if source != layer:
+                layers.append(ConsumerLayer(layers[source]))
+            elif window is not None:
+                layers.append(SlidingLayer(window, last_reader[layer]))
+            else:
+                layers.append(KVCacheLayer(spec.codec, spec.store, last_reader[layer]))
+        super().__init__(layers=layers)
+
+    def expect(self, prompt_length: int, copies: int = 1) -> None:
+        """Announces the prompt before it comes; `generate` of a patched model does it.
+
+        Args:
+            prompt_length: tokens of the prompt, padding included. Exactly these are sealed, however many forwards
+                bring them and whatever follows them in the last one.
+            copies: how many consecutive rows of the batch are copies of one prompt (beams, returned sequences).
+        """
+        for layer in self.layers:
+            layer.expect(prompt_length, copies)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes batch row i what row `beam_idx[i]` is now."""
+        self._select_rows(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps only these rows of the batch, in this order."""
+        self._select_rows(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row of the batch; sealed segments are shared by the repetitions, not copied."""
+        batch = self.batch_size
+        if batch > 0:
+            self._select_rows([row for row in range(batch) for _ in range(repeats)])
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 while the cache is empty."""
+        for layer in self.layers:
+            if isinstance(layer, KVCacheLayer) and layer.segments:
+                return len(layer.segments[0].rows)
+            tensors = layer.tensors()
+            if tensors:
+                return tensors[0].shape[0]
+        return -1
+
+    def _select_rows(self, rows: Iterable[int]) -> None:
+        rows = list(rows)
+        for layer in self.layers:
+            layer.select_rows(rows)

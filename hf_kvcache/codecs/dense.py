@@ -1,0 +1,41 @@
+"""`DenseCodec`: keys and values as they are, in the model's dtype. The codec of `method=None`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.codecs.codec import Payload
+from hf_kvcache.kernels.decode_attention import decode_attention
+
+
+@dataclass(frozen=True)
+class DenseCodec:
+    """Stores key and value unchanged; nothing is lost."""
+
+    name: ClassVar[str] = "dense"
+
+    def encode(self, key: Tensor, value: Tensor) -> Payload:
+        return {"key": _own(key), "value": _own(value)}
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        return payload["key"], payload["value"]
+
+    def attend(
+        self, payload: Payload, start: int, shape: tuple[int, int, int], query: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads, tokens = shape
+        key, value = (
+            payload[name][start : start + rows * heads * tokens].view(rows, heads, tokens, -1)
+            for name in ("key", "value")
+        )
+        return decode_attention(query, key, value, scale=scale, softcap=softcap)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous tensor that fills its storage: a view would keep the whole prefill alive behind a small slice."""
+    exact = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if exact else tensor.clone(memory_format=torch.contiguous_format)

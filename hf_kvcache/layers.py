@@ -1,0 +1,267 @@
+"""The layers of a `KVCache`: producers that hold KV, sliding producers, and consumers that hold nothing.
+
+A layer stands in the place of key and value: `update` returns the layer itself, and the attention function calls its
+`attend`. `seen` counts the tokens processed and drives positions and masks; what is held is private to the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+
+from hf_kvcache.attention import AttentionCall
+from hf_kvcache.codecs import Codec
+from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.segment import Segment
+from hf_kvcache.stores import Store
+from hf_kvcache.tail import Tail
+
+
+class KVCacheLayer(CacheLayerMixin):
+    """The KV of one producer with full attention: sealed segments, then a dense tail.
+
+    The prompt is attended densely by the model's own attention, so prefill is exact, and sealed when the last layer
+    that reads it has done so. Later tokens go to the tail, which can be cropped.
+
+    Args:
+        codec: how sealed entries are stored.
+        store: where they are stored.
+        last_reader: the last layer that reads this layer's KV, itself included.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, codec: Codec, store: Store, last_reader: int) -> None:
+        super().__init__()
+        self.codec, self.store, self.last_reader = codec, store, last_reader
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.segments: list[Segment] = []
+        self.tail = Tail()
+        self.seen = 0
+        self.prompt_length: int | None = None
+        self.copies = 1
+        self._fresh: tuple[Tensor, Tensor] | None = None
+        self.is_initialized = False
+
+    def expect(self, prompt_length: int, copies: int) -> None:
+        """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
+        self.prompt_length, self.copies = prompt_length, copies
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
+        self.is_initialized = True
+        new = key_states.shape[2]
+        if self.seen == 0 and new >= (self.prompt_length or 1):
+            self._fresh = key_states, value_states
+        else:
+            if self.seen == 0:
+                self.tail.reserve(self.prompt_length)
+            self.tail.append(key_states.detach(), value_states.detach())
+        self.seen += new
+        return self, self
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
+        if self._fresh is not None:
+            call = call.to(self._fresh[0].device)
+            out = call.dense(*self._fresh)
+        else:
+            call = call.to(self.tail.key.device)
+            if self.segments or call.length == 1:
+                out = self._attend_parts(call)
+            else:
+                out = call.dense(self.tail.key, self.tail.value)
+        if call.layer == self.last_reader:
+            self._finish_forward(call.mask)
+        return out
+
+    def _attend_parts(self, call: AttentionCall) -> Tensor:
+        key, value = self.tail.key, self.tail.value
+        query = call.folded_query(key.shape[1])
+        group = query.shape[2] // call.length
+        mask = call.folded_mask(group, self.tail.length)
+        out, lse = decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)
+        for segment in self.segments:
+            out, lse = merge_states(*segment.attend(query, call.scale, call.softcap), out, lse)
+        return call.unfolded(out)
+
+    def _finish_forward(self, mask: Tensor | None) -> None:
+        """Seals the prompt once it is complete; what came after it in the same forward goes to the tail."""
+        if self._fresh is not None:
+            (key, value), self._fresh = self._fresh, None
+            prompt = self.prompt_length or self.seen
+        elif self.prompt_length and not self.segments and self.seen >= self.prompt_length:
+            key, value, prompt = self.tail.key, self.tail.value, self.prompt_length
+            self.tail = Tail()
+        else:
+            return
+        # the last query sees every token but padding
+        valid = None if mask is None else mask[:, 0, -1, :prompt]
+        self.segments = [
+            Segment.seal(self.codec, self.store, key[:, :, :prompt], value[:, :, :prompt], valid, self.copies)
+        ]
+        if prompt < self.seen:
+            self.tail.append(key[:, :, prompt:].detach(), value[:, :, prompt:].detach())
+        self.prompt_length = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens (transformers counts them as a negative number)."""
+        remove = min(check_crop(tokens_to_remove), self.seen)
+        self.seen -= remove
+        from_tail = min(remove, self.tail.length)
+        self.tail.crop(from_tail)
+        remove -= from_tail
+        while remove:
+            segment = self.segments.pop()
+            rest = segment.crop(remove)
+            remove -= segment.seen - (rest.seen if rest else 0)
+            self.segments += [rest] if rest else []
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Makes batch row i what row `rows[i]` is now (beam search, repetition, selection)."""
+        self.segments = [segment.select_rows(rows) for segment in self.segments]
+        self.tail.select_rows(rows)
+
+    def move_sealed(self, store: Store) -> None:
+        """Moves the sealed segments to another store."""
+        self.segments = [
+            replace(segment, store=store, held=store.put(segment.store.get(segment.held, segment.device)))
+            for segment in self.segments
+        ]
+        self.store = store
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this layer keeps alive."""
+        sealed = [tensor for segment in self.segments for tensor in segment.held.values()]
+        return sealed + self.tail.tensors() + list(self._fresh or ())
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: memory is taken when the first tokens come."""
+
+    def offload(self) -> None:
+        raise NotImplementedError(
+            "cache_implementation='offloaded' does not apply to this cache; patch the model with method='offload'"
+        )
+
+    prefetch = offload
+
+
+class SlidingLayer(DynamicSlidingWindowLayer):
+    """A producer with sliding-window attention: transformers' own layer, which already drops what left the window.
+
+    Consumers read the keys and values of the present forward, as the layer itself does.
+    """
+
+    def __init__(self, sliding_window: int, last_reader: int) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.last_reader = last_reader
+        self._visible: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        self._visible = super().update(key_states, value_states)
+        return self, self
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention over the window; returns `[B, L, H_q, D]`."""
+        key, value = self._visible
+        call = call.to(key.device)
+        if call.length > 1:
+            out = call.dense(key, value)
+        else:
+            query = call.folded_query(key.shape[1])
+            mask = call.folded_mask(query.shape[2], key.shape[2])
+            out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
+        if call.layer == self.last_reader:
+            self._visible = None
+            # a window is a view of the whole prompt at first: let go of the rest
+            self.keys, self.values = (
+                tensor.detach().clone() if tensor.nbytes < tensor.untyped_storage().nbytes() else tensor.detach()
+                for tensor in (self.keys, self.values)
+            )
+        return out
+
+    def expect(self, prompt_length: int, copies: int) -> None:
+        """Nothing to prepare."""
+
+    def select_rows(self, rows: list[int]) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.tensor(rows, device=self.keys.device))
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length = 0
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, *(self._visible or ())] if self.is_initialized else []
+
+    @property
+    def seen(self) -> int:
+        return self.cumulative_length
+
+
+class ConsumerLayer(CacheLayerMixin):
+    """A layer that stores nothing and reads the KV of its producer."""
+
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, source: KVCacheLayer | SlidingLayer) -> None:
+        super().__init__()
+        self.source = source
+        self.is_sliding = source.is_sliding
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Ignores what it is given and returns the producer, which has the new tokens already."""
+        return self.source, self.source
+
+    @property
+    def seen(self) -> int:
+        return self.source.seen
+
+    def get_seq_length(self) -> int:
+        return self.source.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.source.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.source.get_max_length()
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+    def _nothing(self, *args, **kwargs) -> None:
+        """The producer does it."""
+
+    expect = crop = select_rows = reset = offload = prefetch = lazy_initialization = _nothing
+
+
+def check_crop(tokens_to_remove: int) -> int:
+    """The number of tokens to remove from transformers' negative count of them."""
+    if tokens_to_remove > 0:
+        raise ValueError(
+            f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}; "
+            "to keep n tokens pass n - cache.get_seq_length()"
+        )
+    return -tokens_to_remove

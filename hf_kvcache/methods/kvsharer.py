@@ -1,0 +1,145 @@
+"""KVSharer (arXiv 2410.18517): layers share the KV of *dissimilar* layers, found by a search on a few short texts.
+
+Algorithm 1 of the paper, in its order:
+
+1. Run the model on the calibration texts and average each layer's keys and values over them.
+2. d(i, j) = 1/2 (mean ||K_i - K_j||_2 + mean ||V_i - V_j||_2), the norms over the head dimension, the means over heads
+   and positions.
+3. Sort the pairs of layers by d, the largest (most dissimilar) first.
+4. In this order let the layer nearer the output take the KV of the layer nearer the input; keep the pair when the
+   cosine similarity of the final hidden states with and without it exceeds the threshold T.
+5. Stop when C layers share. A chain of pairs resolves to the layer that owns its KV; layer 0 is never replaced.
+
+Different from the reference code: consumers do not compute the keys and values that they would throw away, only layers
+with the same attention window share, a search that ends early says how far it got and keeps what it found, and the
+cache is appended by layer (the reference overwrites the history of upper layers in decoding).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.methods.method import CalibrationModel, Method
+from hf_kvcache.sharing import SharingPlan
+from hf_kvcache.spec import CacheSpec
+
+ORDERS = ("dissimilar", "similar", "random")
+SAMPLES, LENGTH = 30, 64
+
+
+@dataclass(frozen=True)
+class KVSharer(Method):
+    """Layers share the KV of other layers.
+
+    Args:
+        share: share of the layers that give up their own KV, in [0, 1); C = share x layers, rounded.
+        threshold: T, the least cosine similarity of the final hidden states for a pair to be kept.
+        order: `"dissimilar"` (published), `"similar"` or `"random"` pairs first.
+        plan: a `SharingPlan`, or the path of a saved one; nothing is searched then.
+        calibration: texts to search on, a list of strings or the path of a text file; None for the shipped sample.
+        heal: refit the consumers' projections to the untouched model after the search (not in the paper).
+        seed: of the random order.
+    """
+
+    name: ClassVar[str] = "kvsharer"
+    slot: ClassVar[str] = "sharing"
+    paper: ClassVar[str] = "arXiv 2410.18517"
+
+    share: float = 0.25
+    threshold: float = 0.5
+    order: str = "dissimilar"
+    plan: SharingPlan | str | Path | None = None
+    calibration: Sequence[str] | str | Path | None = None
+    heal: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share must be a number in [0, 1), got {self.share}")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold is a cosine similarity in [-1, 1], got {self.threshold}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+
+    def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
+        return spec.fill("sharing", self.find_plan(model), by=self.name)
+
+    def find_plan(self, model: CalibrationModel) -> SharingPlan:
+        """The plan that was given, or the one that the search finds."""
+        if self.plan is not None:
+            return self.plan if isinstance(self.plan, SharingPlan) else SharingPlan.load(self.plan)
+        count = int(self.share * model.num_layers + 0.5)
+        if count == 0:
+            return SharingPlan.identity(model.num_layers)
+        model.use_texts(self.calibration, SAMPLES, LENGTH)
+        pairs = self.ordered_pairs(model.average_kv(), model.sliding_windows)
+        plan = search(model, pairs, count, self.threshold)
+        settings = {name: str(getattr(self, name)) for name in ("share", "threshold", "order", "seed", "heal")}
+        plan = replace(plan, fingerprint=model.fingerprint, settings=settings)
+        return model.heal(plan) if self.heal else plan
+
+    def ordered_pairs(
+        self, kv: list[tuple[Tensor, Tensor]], sliding_windows: tuple[int | None, ...]
+    ) -> list[tuple[int, int]]:
+        """All (consumer, source) pairs of layers of one attention type, in the order in which to try them."""
+        pairs = [
+            (high, low)
+            for low, high in itertools.combinations(range(len(kv)), 2)
+            if sliding_windows[low] == sliding_windows[high]
+        ]
+        if self.order == "random":
+            random.Random(self.seed).shuffle(pairs)
+            return pairs
+        distance = {pair: kv_distance(kv[pair[0]], kv[pair[1]]) for pair in pairs}
+        return sorted(pairs, key=distance.__getitem__, reverse=self.order == "dissimilar")
+
+
+def kv_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """d(i, j) of two layers' average keys and values `[H_kv, T, D]`."""
+    key, value = (torch.linalg.vector_norm(a - b, dim=-1).mean() for a, b in zip(one, other, strict=True))
+    return float((key + value) / 2)
+
+
+def search(model: CalibrationModel, pairs: list[tuple[int, int]], count: int, threshold: float) -> SharingPlan:
+    """Steps 4 and 5: keeps pairs in the given order until `count` layers share.
+
+    Args:
+        model: to evaluate plans on.
+        pairs: (consumer, source) in the order to try.
+        count: C, the number of layers that are to share.
+        threshold: T.
+    """
+    identity = SharingPlan.identity(model.num_layers)
+    original = model.final_hidden(identity)
+    kept: list[tuple[int, int]] = []
+    plan = identity
+    for consumer, source in pairs:
+        if len(kept) == count:
+            break
+        if any(consumer == taken for taken, _ in kept):
+            continue
+        candidate = SharingPlan.from_pairs(model.num_layers, [*kept, (consumer, source)])
+        if mean_cosine(original, model.final_hidden(candidate)) > threshold:
+            kept.append((consumer, source))
+            plan = candidate
+    if len(kept) < count:
+        warnings.warn(
+            f"KVSharer found {len(kept)} of {count} layers to share above the similarity threshold {threshold}; "
+            "lower the threshold or the share to choose otherwise",
+            stacklevel=2,
+        )
+    return plan
+
+
+def mean_cosine(one: Tensor, other: Tensor) -> float:
+    """Mean over rows of the cosine between all hidden states of a row, flattened into one vector."""
+    return float(torch.cosine_similarity(one.flatten(1), other.flatten(1), dim=-1).mean())

@@ -1,0 +1,68 @@
+"""From what a user writes to a list of methods: names, instances and flat options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from hf_kvcache.methods import METHODS, Method
+
+MethodLike = str | Method | None
+
+
+def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
+    """Turns `"kvsharer+offload"`, an instance, a list of either, or None into methods.
+
+    Args:
+        method: what the user named.
+        options: flat options; each goes to the fields of that name of the methods named as text.
+
+    Raises:
+        ValueError: for an unknown method or option, or an option of a method that is not named.
+    """
+    parts = _parts(method)
+    classes = {METHODS[part] for part in parts if isinstance(part, str)}
+    valid = {name: [cls for cls in classes if name in option_names(cls)] for name in options}
+    for name, owners in valid.items():
+        if not owners:
+            raise ValueError(_unknown_option(name, parts, classes))
+    return [
+        part
+        if isinstance(part, Method)
+        else METHODS[part](**{name: value for name, value in options.items() if METHODS[part] in valid[name]})
+        for part in parts
+    ]
+
+
+def option_names(method: type[Method]) -> list[str]:
+    """The options of a method: its dataclass fields."""
+    return [field.name for field in fields(method)]
+
+
+def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
+    if method is None:
+        return []
+    given = [method] if isinstance(method, (str, Method)) else list(method)
+    parts: list[str | Method] = []
+    for item in given:
+        if isinstance(item, str):
+            parts += [name.strip() for name in item.split("+")]
+        elif isinstance(item, Method):
+            parts.append(item)
+        else:
+            raise TypeError(f"a method is a name or a Method instance, got {type(item).__name__}: {item!r}")
+    for name in parts:
+        if isinstance(name, str) and name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; available: {', '.join(sorted(METHODS))}")
+    return parts
+
+
+def _unknown_option(name: str, parts: list[str | Method], classes: set[type[Method]]) -> str:
+    owners = [method.name for method in METHODS.values() if name in option_names(method)]
+    if owners:
+        named = " + ".join(part if isinstance(part, str) else part.name for part in parts) or "None"
+        where = "set it on the instance instead" if not classes and parts else "name that method, or drop the option"
+        return f"option {name!r} belongs to {', '.join(owners)}, but the method is {named}; {where}"
+    valid = sorted({option for cls in classes for option in option_names(cls)}) or ["none"]
+    return f"unknown option {name!r}; valid options here: {', '.join(valid)}"

@@ -1,0 +1,9 @@
+"""Where a sealed entry lives: the fourth axis. One file per store."""
+
+from hf_kvcache.stores.device import DeviceStore
+from hf_kvcache.stores.host import HostStore
+from hf_kvcache.stores.store import Store
+
+STORES = {store.name: store for store in (DeviceStore, HostStore)}
+
+__all__ = ["STORES", "DeviceStore", "HostStore", "Store"]

@@ -1,0 +1,258 @@
+"""Attaching a cache to one model instance, and taking it off again.
+
+Four interceptions, all on the instance, all undone by `detach`: the attention function, the method with which
+`generate` makes a cache, a hook before the decoder's forward, and the projections that consumers do not need.
+No forward is copied and nothing global changes, but for the names under which our attention functions are registered.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import types
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_kvcache.attention import SharingContext, register
+from hf_kvcache.cache import KVCache
+from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute
+from hf_kvcache.patches.compat import reentrant_checkpointing
+from hf_kvcache.spec import CacheSpec
+
+ATTRIBUTE = "_hf_kvcache"
+
+
+class HealedProjection(Substitute):
+    """A projection with another weight. The state dict keeps the original one."""
+
+    def __init__(self, original: nn.Module, weight: torch.Tensor) -> None:
+        super().__init__(original)
+        self._buffers = {}
+        like = original.weight
+        self.register_buffer("healed", weight.to(like.device, like.dtype), persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden_states, self.healed, self.original.bias)
+
+
+@dataclass
+class Attachment:
+    """What is attached to a model, and what has to be put back.
+
+    Args:
+        adapter: of the model's family.
+        spec: of the caches that the model makes.
+        name: of our attention function.
+        config: the model's own copy of its configuration, made for the time of the patch.
+        original_config: the one before, which other models may share.
+        originals: replaced modules, as (parent, attribute, original module).
+        frozen: parameters that no forward uses while the patch lasts and that were trainable before.
+    """
+
+    adapter: Adapter
+    spec: CacheSpec
+    name: str
+    config: Any
+    original_config: Any
+    originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+    frozen: list[nn.Parameter] = field(default_factory=list)
+
+    def install(self, model: nn.Module, decoder: nn.Module, substitutes: list[tuple[nn.Module, str, Substitute]]):
+        """Does all that `restore` undoes."""
+        _swap_config(model, self.original_config, self.config)
+        model.set_attn_implementation(self.name)
+        if self.config._attn_implementation != self.name:
+            raise NotImplementedError(
+                f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, "
+                "so its cache cannot be replaced"
+            )
+        for parent, attribute, substitute in substitutes:
+            self.originals.append((parent, attribute, substitute.original))
+            setattr(parent, attribute, substitute)
+            if isinstance(substitute, NoProjection):
+                # an unused parameter that asks for a gradient stops distributed training
+                self.frozen += [parameter for parameter in substitute.parameters() if parameter.requires_grad]
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name), with_kwargs=True)
+        if hasattr(model, "_prepare_cache_for_generation"):
+            model._prepare_cache_for_generation = types.MethodType(prepare_cache_for_generation, model)
+        model.__dict__[ATTRIBUTE] = self
+
+    def restore(self, model: nn.Module, decoder: nn.Module) -> None:
+        """Makes the model what it was before `install`, also when that stopped half-way."""
+        for parent, attribute, original in self.originals:
+            setattr(parent, attribute, original)
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
+        _swap_config(model, self.config, self.original_config)
+        for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, BeforeDecoder)]:
+            del decoder._forward_pre_hooks[key]
+            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+        model.__dict__.pop("_prepare_cache_for_generation", None)
+        model.__dict__.pop(ATTRIBUTE, None)
+
+
+def attached(model: nn.Module) -> Attachment | None:
+    """The attachment of a patched model, None for any other."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def attach(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> None:
+    """Gives `model`, which must not be patched, the cache that `spec` describes; on an error leaves it as it was."""
+    decoder = adapter.find_decoder(model)
+    substitutes = [*skip_projections(model, adapter, spec), *heal_projections(decoder, spec)]
+    name = register(model.config._attn_implementation)
+    attachment = Attachment(adapter, spec, name, copy.deepcopy(model.config), model.config)
+    try:
+        attachment.install(model, decoder, substitutes)
+    except Exception:
+        attachment.restore(model, decoder)
+        raise
+
+
+def detach(model: nn.Module) -> Attachment | None:
+    """Takes the cache off a patched model, restores what it replaced and returns what was attached."""
+    attachment = attached(model)
+    if attachment is not None:
+        attachment.restore(model, attachment.adapter.find_decoder(model))
+    return attachment
+
+
+def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
+    """Replaces a configuration object in all modules; models built from one object share it, so it is never changed."""
+    for module in model.modules():
+        if module.__dict__.get("config") is old:
+            module.config = new
+
+
+def skip_projections(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> list[tuple[nn.Module, str, Substitute]]:
+    """Substitutes for the key and value projections of all consumers, as (parent, attribute, substitute)."""
+    return [
+        (attention, attribute, substitute)
+        for layer in spec.sharing.consumers
+        for attention in [adapter.find_attention(model, layer)]
+        for attribute, substitute in adapter.kv.skip(attention).items()
+    ]
+
+
+def heal_projections(decoder: nn.Module, spec: CacheSpec) -> list[tuple[nn.Module, str, Substitute]]:
+    """Substitutes for the projections that the sharing plan has healed weights for."""
+    result: list[tuple[nn.Module, str, Substitute]] = []
+    for path, weight in spec.sharing.healed.items():
+        parent_path, _, attribute = path.rpartition(".")
+        parent = decoder.get_submodule(parent_path)
+        original = getattr(parent, attribute)
+        if type(original) is not nn.Linear or original.weight.device.type == "meta":
+            raise NotImplementedError(
+                f"the plan heals {path}, but that is a {type(original).__name__} on {original.weight.device}, and only "
+                "a plain Linear in memory can be healed; use heal=False"
+            )
+        if original.weight.shape != weight.shape:
+            raise ValueError(
+                f"the plan's weight for {path} has shape {tuple(weight.shape)}, the model's "
+                f"{tuple(original.weight.shape)}; calibrate a plan for this model"
+            )
+        result.append((parent, attribute, HealedProjection(original, weight)))
+    return result
+
+
+class BeforeDecoder:
+    """The hook before the decoder's forward: gives it a cache, and refuses what would go wrong in silence.
+
+    A class, not a closure, so that a patched model can be copied and pickled.
+    """
+
+    def __init__(self, spec: CacheSpec, name: str) -> None:
+        self.spec, self.name = spec, name
+
+    def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            kwargs = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
+            kwargs.update(kwargs.pop("kwargs", {}))
+            args = ()
+        self._check(decoder, kwargs)
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = decoder.config.use_cache
+        checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
+        if cache is None and use_cache and not checkpointing:
+            kwargs["past_key_values"] = KVCache(self.spec)
+        elif cache is None and not self.spec.sharing.is_identity:
+            if checkpointing and reentrant_checkpointing(decoder):
+                raise NotImplementedError(
+                    "reentrant gradient checkpointing gives wrong gradients when layers share KV; "
+                    "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+                )
+            kwargs["kv_sharing"] = SharingContext(self.spec.sharing)
+        return args, kwargs
+
+    def _check(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            require_own_cache(cache, self.spec)
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+                raise NotImplementedError(
+                    "a 4-D attention mask cannot be combined with a sealed cache, expected a 2-D mask of padding; "
+                    "pass one, or use_cache=False"
+                )
+        if decoder.config._attn_implementation != self.name:
+            raise RuntimeError(
+                f"the attention of this patched model was changed to {decoder.config._attn_implementation!r}; "
+                "unpatch_model first, change it, and patch again"
+            )
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError(
+                "a patched model computes no attention weights; unpatch_model before asking for output_attentions"
+            )
+
+
+def require_own_cache(cache: Any, spec: CacheSpec) -> None:
+    """Raises unless `cache` was made for a model patched like this one."""
+    if not isinstance(cache, KVCache):
+        raise TypeError(
+            f"this model is patched and takes a KVCache, got a {type(cache).__name__}; pass none, or new_cache(model)"
+        )
+    own = (spec.sharing.source_layers, spec.sliding_windows)
+    if (cache.spec.sharing.source_layers, cache.spec.sliding_windows) != own:
+        raise ValueError("this cache was made for another model or another plan; make one with new_cache(model)")
+
+
+def prepare_cache_for_generation(
+    self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
+) -> None:
+    """Takes the place of the method of the same name: makes our cache and tells it how long the prompt is."""
+    spec = attached(self).spec
+    # "hybrid" is not a wish of the user: published configurations of models with sliding layers carry it
+    if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
+        raise ValueError(
+            f"this model is patched and makes its own cache, but cache_implementation="
+            f"{generation_config.cache_implementation!r} asks for another; leave it out, or unpatch_model first"
+        )
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        require_own_cache(cache, spec)
+        cache._is_user_defined = True
+    elif generation_config.use_cache is False:
+        return
+    else:
+        cache = model_kwargs["past_key_values"] = KVCache(spec)
+    if not cache.get_seq_length():
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        cache.expect(prompt_length(model_kwargs), copies)
+
+
+def prompt_length(model_kwargs: dict[str, Any]) -> int:
+    """The tokens of the prompt, padding included, as `generate` knows them before the first forward."""
+    for name in ("attention_mask", "position_ids", "inputs_embeds"):
+        if isinstance(model_kwargs.get(name), torch.Tensor):
+            return model_kwargs[name].shape[1]
+    raise RuntimeError(
+        "generate gave neither an attention mask nor position ids, so the length of the prompt is unknown; "
+        "pass attention_mask"
+    )

@@ -1,0 +1,35 @@
+"""What differs between the supported transformers releases, and only that."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
+    """The attention window of every layer, None for full attention.
+
+    Read off the cache that transformers itself would make: where a configuration says it has changed between releases.
+    """
+    windows: list[int | None] = []
+    for index, layer in enumerate(DynamicCache(config=model.config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            windows.append(layer.sliding_window)
+        else:
+            raise NotImplementedError(
+                f"layer {index} of {type(model).__name__} keeps its state in a {type(layer).__name__}; "
+                "only layers with full or sliding-window attention are supported"
+            )
+    return tuple(windows)
+
+
+def reentrant_checkpointing(decoder: nn.Module) -> bool:
+    """Whether gradient checkpointing is on in its reentrant form."""
+    for module in decoder.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    return False
