@@ -30,6 +30,7 @@ LAYERS = {
     **dict.fromkeys(AXES, GROUND | AXES),
     "spec": VALUES,
     "methods": VALUES | {"methods"},
+    "resolve": VALUES | {"methods"},
     "attention": VALUES,
     "layers": VALUES | {"attention"},
     "cache": VALUES | {"attention", "layers"},

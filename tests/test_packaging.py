@@ -18,9 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("kernels", "patches")
 
-LEFTOVERS = shutil.ignore_patterns(
-    ".*", "build", "dist", "*.egg-info", "__pycache__", "*.safetensors", "*.gguf"
-)
+LEFTOVERS = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.safetensors", "*.gguf")
 
 PROBE = f"""
 import importlib, pathlib, sys
