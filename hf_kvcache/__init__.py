@@ -11,9 +11,10 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
     # a source checkout on a file system without symbolic links
     __path__.append(_root)
 
-from hf_kvcache.api import is_patched, new_cache, patch_model, unpatch_model  # noqa: E402
+from hf_kvcache.api import is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
 from hf_kvcache.cache import KVCache  # noqa: E402
 from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
+from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
 from hf_kvcache.spec import CacheSpec  # noqa: E402
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "CacheReport",
     "CacheSpec",
     "KVCache",
     "KVSharer",
@@ -28,7 +30,9 @@ __all__ = [
     "Offload",
     "SharingPlan",
     "is_patched",
+    "load_cache",
     "new_cache",
     "patch_model",
+    "report",
     "unpatch_model",
 ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from hf_kvcache.cache import KVCache
@@ -15,6 +17,7 @@ from hf_kvcache.methods import Method
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
 from hf_kvcache.spec import CacheSpec
 
@@ -79,6 +82,19 @@ def new_cache(model: nn.Module) -> KVCache:
     return KVCache(attachment.spec)
 
 
+def load_cache(model: nn.Module, path: str | Path) -> KVCache:
+    """Reads a cache that `KVCache.save` wrote, for a model patched as the one that made it.
+
+    Raises:
+        ValueError: for a file that is truncated, foreign, of another model or of another sharing plan.
+    """
+    target = _base_model(model)
+    cache = new_cache(target)
+    adapter = attached(target).adapter
+    devices = [_device(adapter.find_attention(target, layer)) for layer in range(cache.spec.num_layers)]
+    return restore_cache(cache, path, devices)
+
+
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_model` is in force on this model."""
     return attached(_base_model(model)) is not None
@@ -100,6 +116,12 @@ def check_fit(spec: CacheSpec) -> None:
             f"the sharing plan was made for the model {spec.sharing.fingerprint}, this one is {spec.fingerprint}; "
             "calibrate a plan for this model"
         )
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes; weights that rest on the meta device are brought to the CPU."""
+    device = next(module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _base_model(model: nn.Module) -> nn.Module:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from transformers import Cache
 
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.persistence import save_cache
 from hf_kvcache.spec import CacheSpec
 
 
@@ -64,6 +66,10 @@ class KVCache(Cache):
         batch = self.batch_size
         if batch > 0:
             self._select_rows([row for row in range(batch) for _ in range(repeats)])
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache as one safetensors file; `load_cache` reads it for a model patched in the same way."""
+        save_cache(self, path)
 
     @property
     def batch_size(self) -> int:

@@ -7,6 +7,7 @@ A layer stands in the place of key and value: `update` returns the layer itself,
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.prompt_length: int | None = None
         self.copies = 1
+        self.entry: tuple[int, int, int] | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
         self.is_initialized = False
 
@@ -60,6 +62,7 @@ class KVCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
         self.is_initialized = True
+        self.entry = entry_of(key_states)
         new = key_states.shape[2]
         if self.seen == 0 and new >= (self.prompt_length or 1):
             self._fresh = key_states, value_states
@@ -145,6 +148,34 @@ class KVCacheLayer(CacheLayerMixin):
         sealed = [tensor for segment in self.segments for tensor in segment.held.values()]
         return sealed + self.tail.tensors() + list(self._fresh or ())
 
+    def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a saved file needs: a JSON-able description and the tensors by name."""
+        described = {
+            "seen": self.seen,
+            "segments": [segment.describe() for segment in self.segments],
+            "entry": self.entry,
+        }
+        tensors = {
+            f"segments.{index}.{name}": tensor
+            for index, segment in enumerate(self.segments)
+            for name, tensor in segment.held.items()
+        }
+        if self.tail.length:
+            tensors |= {"tail.key": self.tail.key, "tail.value": self.tail.value}
+        return described, tensors
+
+    def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`."""
+        self.reset()
+        for index, segment in enumerate(described["segments"]):
+            prefix = f"segments.{index}."
+            payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            self.segments.append(Segment.restore(segment, payload, self.store, device))
+        if "tail.key" in tensors:
+            self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
+        self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
+        self.is_initialized = self.seen > 0
+
     def get_seq_length(self) -> int:
         return self.seen
 
@@ -174,9 +205,11 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int, last_reader: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.last_reader = last_reader
+        self.entry: tuple[int, int, int] | None = None
         self._visible: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        self.entry = entry_of(key_states)
         self._visible = super().update(key_states, value_states)
         return self, self
 
@@ -212,6 +245,20 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, *(self._visible or ())] if self.is_initialized else []
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a saved file needs: a JSON-able description and the tensors by name."""
+        tensors = {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        return {"seen": self.seen, "entry": self.entry}, tensors
+
+    def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`."""
+        self.reset()
+        if tensors:
+            self.lazy_initialization(*(tensors[name].to(device) for name in ("keys", "values")))
+            self.keys, self.values = tensors["keys"].to(device), tensors["values"].to(device)
+        self.cumulative_length = described["seen"]
+        self.entry = tuple(described["entry"]) if described["entry"] else None
 
     @property
     def seen(self) -> int:
@@ -251,10 +298,18 @@ class ConsumerLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         return []
 
+    def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {}, {}
+
     def _nothing(self, *args, **kwargs) -> None:
         """The producer does it."""
 
-    expect = crop = select_rows = reset = offload = prefetch = lazy_initialization = _nothing
+    expect = crop = select_rows = reset = restore = offload = prefetch = lazy_initialization = _nothing
+
+
+def entry_of(key_states: Tensor) -> tuple[int, int, int]:
+    """KV heads, head dimension and bytes an element of the keys, for reports."""
+    return key_states.shape[1], key_states.shape[3], key_states.element_size()
 
 
 def check_crop(tokens_to_remove: int) -> int:

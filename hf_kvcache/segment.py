@@ -8,12 +8,13 @@ needs no mask.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs import Codec, Payload
+from hf_kvcache.codecs import CODECS, Codec, Payload
 from hf_kvcache.stores import Store
 
 
@@ -136,6 +137,19 @@ class Segment:
         pairs = list(zip(key.split(counts), value.split(counts), strict=True))
         heads = len(self.lengths[0])
         return [pairs[first : first + heads] for first in range(0, len(pairs), heads)]
+
+    def describe(self) -> dict[str, Any]:
+        """All but the tensors, as JSON can hold it."""
+        codec = {"name": self.codec.name, "options": asdict(self.codec)}
+        return {"codec": codec, "lengths": self.lengths, "rows": self.rows, "seen": self.seen}
+
+    @classmethod
+    def restore(cls, described: dict[str, Any], payload: Payload, store: Store, device: torch.device) -> Segment:
+        """The inverse of `describe`, with the tensors that the segment held."""
+        codec = CODECS[described["codec"]["name"]](**described["codec"]["options"])
+        lengths = tuple(tuple(row) for row in described["lengths"])
+        held = store.put({name: tensor.to(device) for name, tensor in payload.items()})
+        return cls(codec, store, held, lengths, tuple(described["rows"]), described["seen"], device)
 
     def __deepcopy__(self, memo) -> Segment:
         return self

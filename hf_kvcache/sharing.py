@@ -7,14 +7,13 @@ needs a walk.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from hf_kvcache import safefile
 
 FORMAT = "hf_kvcache.sharing_plan/1"
 
@@ -102,37 +101,16 @@ class SharingPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan, its healed weights and its fingerprint as one safetensors file."""
-        metadata = {
-            "format": FORMAT,
-            "source_layers": json.dumps(self.source_layers),
+        description = {
+            "source_layers": self.source_layers,
             "fingerprint": self.fingerprint,
-            "settings": json.dumps(dict(self.settings)),
+            "settings": dict(self.settings),
         }
-        save_file({name: weight.contiguous() for name, weight in self.healed.items()}, str(path), metadata)
+        safefile.write(path, FORMAT, description, dict(self.healed))
 
     @classmethod
     def load(cls, path: str | Path) -> SharingPlan:
-        """Reads a plan that `save` wrote; a truncated or foreign file is an error that says so."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                healed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except FileNotFoundError:
-            raise FileNotFoundError(
-                f"no sharing plan at {path}; make one with `hf-kvcache calibrate kvsharer MODEL -o {path}`"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} is not a readable safetensors file ({error}); calibrate the plan again"
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} is not a sharing plan: expected format {FORMAT!r}, found {metadata.get('format')!r}; "
-                "make one with `hf-kvcache calibrate kvsharer`"
-            )
-        return cls(
-            tuple(json.loads(metadata["source_layers"])),
-            healed,
-            metadata["fingerprint"],
-            json.loads(metadata["settings"]),
-        )
+        """Reads a plan that `save` wrote; a missing, truncated or foreign file is an error that says so."""
+        how_to_make = "make a plan with `hf-kvcache calibrate kvsharer MODEL -o FILE`"
+        description, healed = safefile.read(path, FORMAT, how_to_make)
+        return cls(tuple(description["source_layers"]), healed, description["fingerprint"], description["settings"])

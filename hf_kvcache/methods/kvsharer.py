@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.methods.method import CalibrationModel, Method
+from hf_kvcache.progress import progress
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
@@ -122,15 +123,17 @@ def search(model: CalibrationModel, pairs: list[tuple[int, int]], count: int, th
     original = model.final_hidden(identity)
     kept: list[tuple[int, int]] = []
     plan = identity
-    for consumer, source in pairs:
-        if len(kept) == count:
-            break
-        if any(consumer == taken for taken, _ in kept):
-            continue
-        candidate = SharingPlan.from_pairs(model.num_layers, [*kept, (consumer, source)])
-        if mean_cosine(original, model.final_hidden(candidate)) > threshold:
-            kept.append((consumer, source))
-            plan = candidate
+    with progress("searching layers to share", count) as advance:
+        for consumer, source in pairs:
+            if len(kept) == count:
+                break
+            if any(consumer == taken for taken, _ in kept):
+                continue
+            candidate = SharingPlan.from_pairs(model.num_layers, [*kept, (consumer, source)])
+            if mean_cosine(original, model.final_hidden(candidate)) > threshold:
+                kept.append((consumer, source))
+                plan = candidate
+                advance()
     if len(kept) < count:
         warnings.warn(
             f"KVSharer found {len(kept)} of {count} layers to share above the similarity threshold {threshold}; "

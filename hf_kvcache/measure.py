@@ -1,0 +1,96 @@
+"""Measuring a model under a method: how faithful, how large, how fast.
+
+Fidelity follows one protocol: prefill a prefix, then teacher-force the text that follows it through the cache, and
+compare the next-token distributions with those of the untouched model by KL(full || method). The whole model must be
+in float32: a bfloat16 model hides everything gentler than 4 bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.report import storage_bytes
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model says about a text after a prefix.
+
+    Args:
+        log_probs: of the next token, `[T, vocabulary]`.
+        targets: the tokens that came, `[T]`.
+        kv_bytes: held by the cache right after the prefill.
+    """
+
+    log_probs: Tensor
+    targets: Tensor
+    kv_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the text, in nats a token."""
+        return float(-self.log_probs.gather(-1, self.targets[:, None]).mean())
+
+
+@torch.no_grad()
+def continuation(model: Any, ids: Tensor, prefix: int) -> Continuation:
+    """Prefills `ids[:, :prefix]` and scores the rest of `ids` `[1, T]` through the cache.
+
+    The first token after the prefix is left out: the dense prefill predicts it, whatever the method.
+    """
+    filled = model(input_ids=ids[:, :prefix], use_cache=True, logits_to_keep=1)
+    kv_bytes = cache_bytes(filled.past_key_values)
+    logits = model(input_ids=ids[:, prefix:-1], past_key_values=filled.past_key_values).logits
+    return Continuation(logits[0].float().log_softmax(-1), ids[0, prefix + 1 :], kv_bytes)
+
+
+def kl_divergence(full: Continuation, other: Continuation) -> float:
+    """Mean KL(full || other) in nats a token."""
+    return float((full.log_probs.exp() * (full.log_probs - other.log_probs)).sum(-1).mean())
+
+
+def top1_agreement(full: Continuation, other: Continuation) -> float:
+    """Share of positions at which both find the same token most likely."""
+    return float((full.log_probs.argmax(-1) == other.log_probs.argmax(-1)).float().mean())
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of one prefill and of the median decode step."""
+
+    prefill: float
+    decode: float
+
+
+@torch.no_grad()
+def speed(model: Any, ids: Tensor, steps: int) -> Speed:
+    """Times one prefill of `ids` `[1, T]` and `steps` greedy decode steps after it."""
+    start = time.perf_counter()
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    prefill = time.perf_counter() - start
+    times = []
+    for _ in range(steps):
+        token = out.logits[:, -1:].argmax(-1)
+        start = time.perf_counter()
+        out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
+        times.append(time.perf_counter() - start)
+    return Speed(prefill, median(times))
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all storages that a cache, ours or transformers', keeps alive."""
+    return storage_bytes(tensor for layer in cache.layers for tensor in _layer_tensors(layer))
+
+
+def _layer_tensors(layer: Any) -> Iterable[Tensor]:
+    if isinstance(layer, (KVCacheLayer, SlidingLayer, ConsumerLayer)):
+        return layer.tensors()
+    return [tensor for tensor in (layer.keys, layer.values) if tensor is not None]

@@ -1,0 +1,56 @@
+"""Saving a cache as one safetensors file and reading it back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_kvcache import safefile
+from hf_kvcache.fingerprint import matches
+
+if TYPE_CHECKING:
+    from hf_kvcache.cache import KVCache
+
+FORMAT = "hf_kvcache.cache/1"
+
+
+def save_cache(cache: KVCache, path: str | Path) -> None:
+    """Writes all layers of `cache`, its plan and the fingerprint of its model."""
+    described = [layer.describe() for layer in cache.layers]
+    description = {
+        "fingerprint": cache.spec.fingerprint,
+        "source_layers": cache.spec.sharing.source_layers,
+        "sliding_windows": cache.spec.sliding_windows,
+        "layers": [description for description, _ in described],
+    }
+    tensors = {
+        f"layers.{layer}.{name}": tensor.cpu()
+        for layer, (_, held) in enumerate(described)
+        for name, tensor in held.items()
+    }
+    safefile.write(path, FORMAT, description, tensors)
+
+
+def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.device]) -> KVCache:
+    """Fills the empty `cache` from a file, layer i on `devices[i]`; raises when it is of another model or plan."""
+    description, tensors = safefile.read(path, FORMAT, "make one with KVCache.save")
+    spec = cache.spec
+    if not matches(description["fingerprint"], spec.fingerprint):
+        raise ValueError(
+            f"{path} is a cache of the model {description['fingerprint']}, this one is {spec.fingerprint}; "
+            "load it for the model that made it"
+        )
+    for name, own in (("source_layers", spec.sharing.source_layers), ("sliding_windows", spec.sliding_windows)):
+        if tuple(description[name]) != own:
+            raise ValueError(
+                f"{path} was made with {name} {tuple(description[name])}, this model is patched with {own}; "
+                "patch it with the same plan"
+            )
+    for index, (layer, described) in enumerate(zip(cache.layers, description["layers"], strict=True)):
+        prefix = f"layers.{index}."
+        held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        layer.restore(described, held, devices[index])
+    return cache

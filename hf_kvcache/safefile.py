@@ -1,0 +1,32 @@
+"""Reading safetensors files of our own formats: tensors and a JSON description, checked before use. No pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def write(path: str | Path, file_format: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes tensors and a JSON-able description under the name of a format."""
+    metadata = {"format": file_format, "description": json.dumps(description)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata)
+
+
+def read(path: str | Path, file_format: str, how_to_make: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what `write` wrote; a missing, truncated or foreign file is an error that says how to make a good one."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = metadata.get("format")
+            if found != file_format:
+                raise ValueError(f"{path} has the format {found!r}, expected {file_format!r}; {how_to_make}")
+            return json.loads(metadata["description"]), {name: file.get_tensor(name) for name in list(file.keys())}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}; {how_to_make}") from None
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file of ours ({error}); {how_to_make}") from error
