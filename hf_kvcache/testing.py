@@ -160,9 +160,12 @@ def live_tensors(root: Any) -> Iterator[Tensor]:
 
 
 def live_bytes(root: Any) -> int:
-    """Bytes of the distinct storages behind `live_tensors(root)`: what the object really keeps in memory."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in live_tensors(root)}
-    return sum(storages.values())
+    """Bytes of the distinct storages behind `live_tensors(root)`: what the object really keeps in memory.
+
+    Scalars do not count: transformers' sliding layers hold the size of their window as one.
+    """
+    storages = [tensor.untyped_storage() for tensor in live_tensors(root) if tensor.dim()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def rms(tensor: Tensor) -> float:
