@@ -13,12 +13,13 @@ from torch import nn
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.fingerprint import fingerprint, matches
-from hf_kvcache.methods import Method
+from hf_kvcache.methods import KVSharer, Method
 from hf_kvcache.patches.adapters import find_adapter
-from hf_kvcache.patches.attach import attach, attached, detach
+from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
+from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -52,18 +53,29 @@ def patch_model(
     methods = resolve(method, options)
     old = detach(target)
     try:
-        adapter = find_adapter(target)
-        require_weights(target)
-        full = CacheSpec.full(sliding_windows(target), fingerprint(target))
-        probe = ModelProbe(target, adapter, full, tokenizer)
-        spec = reduce(lambda spec, method: method.apply(spec, probe), methods, full)
+        probe = _probe(target, tokenizer)
+        spec = reduce(lambda spec, method: method.apply(spec, probe), methods, probe.full)
         check_fit(spec)
-        attach(target, adapter, spec)
+        attach(target, probe.adapter, spec)
     except BaseException:
         if old is not None:
             attach(target, old.adapter, old.spec)
         raise
     return model
+
+
+def find_plan(model: nn.Module, method: KVSharer, *, tokenizer: Any = None) -> SharingPlan:
+    """Runs a sharing method's search on an unpatched model and returns the plan, to save or to patch with.
+
+    Example:
+        >>> plan = find_plan(model, KVSharer(share=0.25), tokenizer=tokenizer)
+        >>> plan.save("plan.safetensors")
+        >>> patch_model(model, "kvsharer", plan="plan.safetensors")
+    """
+    target = _base_model(model)
+    if attached(target) is not None:
+        raise ValueError("a plan is searched on the untouched model, and this one is patched; call unpatch_model first")
+    return method.find_plan(_probe(target, tokenizer))
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -74,12 +86,7 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 def new_cache(model: nn.Module) -> KVCache:
     """An empty cache for a patched model, to pass as `past_key_values`."""
-    attachment = attached(_base_model(model))
-    if attachment is None:
-        raise ValueError(
-            f"this {type(model).__name__} is not patched, so it has no cache of ours; call patch_model first"
-        )
-    return KVCache(attachment.spec)
+    return KVCache(require_attached(_base_model(model)).spec)
 
 
 def load_cache(model: nn.Module, path: str | Path) -> KVCache:
@@ -89,8 +96,7 @@ def load_cache(model: nn.Module, path: str | Path) -> KVCache:
         ValueError: for a file that is truncated, foreign, of another model or of another sharing plan.
     """
     target = _base_model(model)
-    cache = new_cache(target)
-    adapter = attached(target).adapter
+    cache, adapter = new_cache(target), require_attached(target).adapter
     devices = [_device(adapter.find_attention(target, layer)) for layer in range(cache.spec.num_layers)]
     return restore_cache(cache, path, devices)
 
@@ -116,6 +122,13 @@ def check_fit(spec: CacheSpec) -> None:
             f"the sharing plan was made for the model {spec.sharing.fingerprint}, this one is {spec.fingerprint}; "
             "calibrate a plan for this model"
         )
+
+
+def _probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
+    """What methods may ask of a supported, loaded model."""
+    adapter = find_adapter(model)
+    require_weights(model)
+    return ModelProbe(model, adapter, CacheSpec.full(sliding_windows(model), fingerprint(model)), tokenizer)
 
 
 def _device(module: nn.Module) -> torch.device:

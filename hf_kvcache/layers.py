@@ -67,7 +67,7 @@ class KVCacheLayer(CacheLayerMixin):
         if self.seen == 0 and new >= (self.prompt_length or 1):
             self._fresh = key_states, value_states
         else:
-            if self.seen == 0:
+            if self.prompt_length and self.seen == 0:
                 self.tail.reserve(self.prompt_length)
             self.tail.append(key_states.detach(), value_states.detach())
         self.seen += new
@@ -215,6 +215,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention over the window; returns `[B, L, H_q, D]`."""
+        assert self._visible is not None
         key, value = self._visible
         call = call.to(key.device)
         if call.length > 1:

@@ -17,15 +17,20 @@ def write(path: str | Path, file_format: str, description: dict[str, Any], tenso
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata)
 
 
-def read(path: str | Path, file_format: str, how_to_make: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads what `write` wrote; a missing, truncated or foreign file is an error that says how to make a good one."""
+def read(path: str | Path, file_format: str | None, how_to_make: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads what `write` wrote; a missing, truncated or foreign file is an error that says how to make a good one.
+
+    `file_format` None takes any of our formats. The description has the format found under `"format"`.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             found = metadata.get("format")
-            if found != file_format:
-                raise ValueError(f"{path} has the format {found!r}, expected {file_format!r}; {how_to_make}")
-            return json.loads(metadata["description"]), {name: file.get_tensor(name) for name in list(file.keys())}
+            if found is None or found != (file_format or found):
+                expected = file_format or "one of ours"
+                raise ValueError(f"{path} has the format {found!r}, expected {expected!r}; {how_to_make}")
+            description = {**json.loads(metadata["description"]), "format": found}
+            return description, {name: file.get_tensor(name) for name in list(file.keys())}
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}; {how_to_make}") from None
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:

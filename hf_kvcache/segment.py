@@ -8,7 +8,7 @@ needs no mask.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -140,7 +140,10 @@ class Segment:
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, as JSON can hold it."""
-        codec = {"name": self.codec.name, "options": asdict(self.codec)}
+        codec = {
+            "name": self.codec.name,
+            "options": {option.name: getattr(self.codec, option.name) for option in fields(self.codec)},
+        }
         return {"codec": codec, "lengths": self.lengths, "rows": self.rows, "seen": self.seen}
 
     @classmethod

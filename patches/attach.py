@@ -101,6 +101,14 @@ def attached(model: nn.Module) -> Attachment | None:
     return model.__dict__.get(ATTRIBUTE)
 
 
+def require_attached(model: nn.Module) -> Attachment:
+    """The attachment of a patched model; raises for any other."""
+    attachment = attached(model)
+    if attachment is None:
+        raise ValueError(f"this {type(model).__name__} is not patched; call patch_model first")
+    return attachment
+
+
 def attach(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> None:
     """Gives `model`, which must not be patched, the cache that `spec` describes; on an error leaves it as it was."""
     decoder = adapter.find_decoder(model)
@@ -227,7 +235,7 @@ def prepare_cache_for_generation(
     self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
 ) -> None:
     """Takes the place of the method of the same name: makes our cache and tells it how long the prompt is."""
-    spec = attached(self).spec
+    spec = require_attached(self).spec
     # "hybrid" is not a wish of the user: published configurations of models with sliding layers carry it
     if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +27,19 @@ KEPT_TRACES = 3
 
 @dataclass
 class Trace:
-    """One run under one plan: the input of every layer, the KV of every producer and the final hidden states."""
+    """One run under one plan.
+
+    Args:
+        plan: that the run was under.
+        inputs: of every layer, `[B, T, hidden]`.
+        kv: of every producer, keys and values `[B, H_kv, T, D]`.
+        final: hidden states after the final norm, `[B, T, hidden]`.
+    """
 
     plan: SharingPlan
-    inputs: list[Tensor] = field(default_factory=list)
-    context: SharingContext | None = None
-    final: Tensor | None = None
+    inputs: list[Tensor]
+    kv: dict[int, tuple[Tensor, Tensor]]
+    final: Tensor
 
 
 class ModelProbe:
@@ -53,7 +60,7 @@ class ModelProbe:
         self._ids: Tensor | None = None
         self._calls: list[dict[str, Any]] = []
         self._traces: deque[Trace] = deque(maxlen=KEPT_TRACES)
-        self._original: Trace | None = None
+        self._untouched: Trace | None = None
 
     @torch.no_grad()
     def use_texts(self, texts: Calibration, samples: int, length: int) -> None:
@@ -62,30 +69,35 @@ class ModelProbe:
         self._ids = ids.to(self.model.get_input_embeddings().weight.device)
         self._traces.clear()
         with self._attached():
-            self._original = self._record()
+            self._untouched = self._record()
+
+    @property
+    def untouched(self) -> Trace:
+        """The run of the untouched model on the calibration batch."""
+        if self._untouched is None:
+            raise RuntimeError("no calibration batch yet; call use_texts first")
+        return self._untouched
 
     def average_kv(self) -> list[tuple[Tensor, Tensor]]:
         """For every layer its keys and values `[H_kv, T, D]`, averaged over the calibration rows."""
-        kv = self._original.context.kv
+        kv = self.untouched.kv
         return [tuple(tensor.float().mean(0) for tensor in kv[layer]) for layer in range(self.num_layers)]
 
     @torch.no_grad()
     def final_hidden(self, plan: SharingPlan) -> Tensor:
         """The hidden states `[B, T, hidden]` after the final norm under `plan`."""
-        known = max([self._original, *self._traces], key=lambda trace: first_difference(plan, trace.plan))
+        known = max([self.untouched, *self._traces], key=lambda trace: first_difference(plan, trace.plan))
         start = first_difference(plan, known.plan)
         if start == self.num_layers:
             return known.final
-        trace = Trace(plan, known.inputs[:start], SharingContext(plan))
-        trace.context.kv.update((layer, kv) for layer, kv in known.context.kv.items() if layer < start)
-        hidden = known.inputs[start]
+        inputs, context, hidden = known.inputs[:start], SharingContext(plan), known.inputs[start]
+        context.kv.update((layer, kv) for layer, kv in known.kv.items() if layer < start)
         with self._attached():
             for layer in range(start, self.num_layers):
-                trace.inputs.append(hidden)
-                hidden = self.run_layer(layer, hidden, trace.context)
-        trace.final = self.norm(hidden)
-        self._traces.append(trace)
-        return trace.final
+                inputs.append(hidden)
+                hidden = self.run_layer(layer, hidden, context)
+        self._traces.append(Trace(plan, inputs, context.kv, self.norm(hidden)))
+        return self._traces[-1].final
 
     def run_layer(self, layer: int, hidden: Tensor, context: SharingContext) -> Tensor:
         """One decoder layer on `hidden` `[B, T, hidden]`, with the arguments of the recorded forward."""
@@ -98,24 +110,22 @@ class ModelProbe:
 
     def _record(self) -> Trace:
         """Runs the decoder's own forward and records what it gives every layer."""
-        trace = Trace(self.full.sharing, context=SharingContext(self.full.sharing))
+        context, inputs = SharingContext(self.full.sharing), []
         self._calls = []
 
         def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
-            trace.inputs.append(args[0] if args else kwargs.pop("hidden_states"))
+            inputs.append(args[0] if args else kwargs.pop("hidden_states"))
             self._calls.append(kwargs)
 
         handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
         try:
-            output = self.adapter.find_decoder(self.model)(
-                input_ids=self._ids, use_cache=False, kv_sharing=trace.context
-            )
+            decoder = self.adapter.find_decoder(self.model)
+            output = decoder(input_ids=self._ids, use_cache=False, kv_sharing=context)
         finally:
             for handle in handles:
                 handle.remove()
-        trace.final = output.last_hidden_state
-        return trace
+        return Trace(self.full.sharing, inputs, context.kv, output.last_hidden_state)
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-Calibration = Sequence[str] | str | Path | Tensor | None
+Calibration: TypeAlias = Sequence[str] | str | Path | Tensor | None
 
 
 def shipped_texts() -> list[str]:

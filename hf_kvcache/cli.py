@@ -1,0 +1,114 @@
+"""The command line: `hf-kvcache methods | demo | calibrate | report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="A compressed KV cache for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+calibrate_app = typer.Typer(help="Fit a method to a model and save the result.", no_args_is_help=True)
+app.add_typer(calibrate_app, name="calibrate")
+console = Console()
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each fills, its options and its paper."""
+    from hf_kvcache.methods import METHODS
+    from hf_kvcache.resolve import option_names
+
+    table = Table("method", "slot", "options", "paper", "what it does")
+    for name, method in sorted(METHODS.items()):
+        summary = (method.__doc__ or "").splitlines()[0]
+        table.add_row(name, method.slot, ", ".join(option_names(method)) or "-", method.paper, summary)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the table, plans and plot.")] = Path(
+        "hf-kvcache-demo"
+    ),
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2048,
+    continuation: Annotated[int, typer.Option(help="Tokens scored after it.")] = 160,
+    steps: Annotated[int, typer.Option(help="Decode steps timed.")] = 24,
+) -> None:
+    """Run a small real model on a long text under every method, and print one table."""
+    from hf_kvcache.demo import run_demo
+
+    run_demo(output, prompt, continuation, steps, console)
+
+
+@calibrate_app.command("kvsharer")
+def calibrate_kvsharer(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
+    share: Annotated[float, typer.Option(help="Share of the layers that give up their KV.")] = 0.25,
+    threshold: Annotated[float, typer.Option(help="Least cosine similarity for a pair to be kept.")] = 0.5,
+    order: Annotated[str, typer.Option(help="Which pairs come first.")] = "dissimilar",
+    heal: Annotated[bool, typer.Option(help="Refit the consumers' projections.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
+) -> None:
+    """Search which layers of a model can share KV, heal them, and save the plan."""
+    from hf_kvcache.api import find_plan
+    from hf_kvcache.methods import KVSharer
+
+    loaded, tokenizer = load_model(model)
+    method = KVSharer(share=share, threshold=threshold, order=order, heal=heal, calibration=text)
+    plan = find_plan(loaded, method, tokenizer=tokenizer)
+    plan.save(output)
+    console.print(f"{len(plan.consumers)} of {plan.num_layers} layers share: {plan_text(plan)}")
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(help="A saved plan or cache.")]) -> None:
+    """Say what is in a file that this library wrote."""
+    from hf_kvcache import persistence, safefile, sharing
+
+    description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
+    found = description["format"]
+    sources = description["source_layers"]
+    console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")
+    console.print("sharing: " + (plan_text(sharing.SharingPlan(tuple(sources))) or "none"))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if found == sharing.FORMAT:
+        console.print(f"settings: {description['settings']}")
+        console.print(f"healed weights: {len(tensors)}, {size:,} bytes")
+    elif found == persistence.FORMAT:
+        seen = max(layer.get("seen", 0) for layer in description["layers"])
+        console.print(f"tokens seen: {seen}; {size:,} bytes of keys and values")
+
+
+def plan_text(plan: Any) -> str:
+    """A plan as `consumer<-source` pairs."""
+    return ", ".join(f"{consumer}<-{plan.source_layers[consumer]}" for consumer in plan.consumers)
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A model in float32 and its tokenizer, by folder or name."""
+    from hf_kvcache import smollm2
+
+    if name == "smollm2":
+        return smollm2.load()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval(), AutoTokenizer.from_pretrained(name)
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, NotImplementedError, FileNotFoundError, ModuleNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False)
+        raise SystemExit(2) from None
