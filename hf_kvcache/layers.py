@@ -202,6 +202,9 @@ class SlidingLayer(DynamicSlidingWindowLayer):
     Consumers read the keys and values of the present forward, as the layer itself does.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, sliding_window: int, last_reader: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.last_reader = last_reader

@@ -140,11 +140,14 @@ class Segment:
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, as JSON can hold it."""
-        codec = {
-            "name": self.codec.name,
-            "options": {option.name: getattr(self.codec, option.name) for option in fields(self.codec)},
+        codec: Any = self.codec
+        options = {option.name: getattr(codec, option.name) for option in fields(codec)}
+        return {
+            "codec": {"name": codec.name, "options": options},
+            "lengths": self.lengths,
+            "rows": self.rows,
+            "seen": self.seen,
         }
-        return {"codec": codec, "lengths": self.lengths, "rows": self.rows, "seen": self.seen}
 
     @classmethod
     def restore(cls, described: dict[str, Any], payload: Payload, store: Store, device: torch.device) -> Segment:

@@ -17,23 +17,20 @@ class Tail:
 
     def __init__(self) -> None:
         self.length = 0
-        self._key: Tensor | None = None
-        self._value: Tensor | None = None
+        self._buffers: list[Tensor] = []
         self._reserved = 0
 
     @property
     def key(self) -> Tensor:
-        assert self._key is not None
-        return self._key[:, :, : self.length]
+        return self._buffers[0][:, :, : self.length]
 
     @property
     def value(self) -> Tensor:
-        assert self._value is not None
-        return self._value[:, :, : self.length]
+        return self._buffers[1][:, :, : self.length]
 
     @property
     def capacity(self) -> int:
-        return 0 if self._key is None else self._key.shape[2]
+        return self._buffers[0].shape[2] if self._buffers else 0
 
     def reserve(self, tokens: int) -> None:
         """Makes the next allocation at least this large, for a prompt that will come in chunks."""
@@ -44,8 +41,8 @@ class Tail:
         end = self.length + key.shape[2]
         if end > self.capacity:
             self._grow(end, key, value)
-        self._key[:, :, self.length : end] = key
-        self._value[:, :, self.length : end] = value
+        for buffer, new in zip(self._buffers, (key, value), strict=True):
+            buffer[:, :, self.length : end] = new
         self.length = end
 
     def crop(self, tokens: int) -> None:
@@ -54,29 +51,18 @@ class Tail:
 
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of the present row `rows[i]`."""
-        if self._key is None or rows == list(range(self._key.shape[0])):
-            return
-        index = torch.tensor(rows, device=self._key.device)
-        self._key, self._value = self._key.index_select(0, index), self._value.index_select(0, index)
-
-    def clear(self) -> None:
-        """Forgets all tokens and gives their memory back."""
-        self.length, self._key, self._value, self._reserved = 0, None, None, 0
+        if self._buffers and rows != list(range(self._buffers[0].shape[0])):
+            index = torch.tensor(rows, device=self._buffers[0].device)
+            self._buffers = [buffer.index_select(0, index) for buffer in self._buffers]
 
     def tensors(self) -> list[Tensor]:
         """The buffers, unused room included."""
-        return [] if self._key is None else [self._key, self._value]
+        return list(self._buffers)
 
     def _grow(self, needed: int, key: Tensor, value: Tensor) -> None:
         roomy = needed + max(MIN_GROWTH, needed // 4)
         capacity = self._reserved if self._reserved >= needed else roomy
-        self._key, self._value = (
-            self._moved(old, new, capacity) for old, new in ((self._key, key), (self._value, value))
-        )
-
-    def _moved(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        batch, heads, _, dim = like.shape
-        buffer = like.new_empty(batch, heads, capacity, dim)
-        if old is not None:
+        grown = [new.new_empty(*new.shape[:2], capacity, new.shape[3]) for new in (key, value)]
+        for buffer, old in zip(grown, self._buffers, strict=False):
             buffer[:, :, : self.length] = old[:, :, : self.length]
-        return buffer
+        self._buffers = grown

@@ -1,6 +1,6 @@
 """`ModelProbe`: what methods may ask of the model while they are applied (`methods.method.CalibrationModel`).
 
-The decoder is run layer by layer with the arguments that its own forward would pass, recorded once by hooks, so that
+The decoder is run layer by layer with the arguments that its own forward would pass, recorded once, so that
 no family needs code of its own and a changed plan is evaluated only from the first layer that it changes.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvcache.attention import SharingContext
+from hf_kvcache.calibration.healing import heal_plan
 from hf_kvcache.calibration.texts import Calibration, token_windows
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
@@ -23,6 +24,19 @@ from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
 KEPT_TRACES = 3
+
+
+@dataclass
+class Batch:
+    """Calibration windows as the first layer gets them.
+
+    Args:
+        hidden: input of the first layer, `[B, T, hidden]`.
+        calls: for every layer the keyword arguments that the decoder gives it.
+    """
+
+    hidden: Tensor
+    calls: list[dict[str, Any]]
 
 
 @dataclass
@@ -57,27 +71,21 @@ class ModelProbe:
         self.num_layers, self.sliding_windows = full.num_layers, full.sliding_windows
         self.fingerprint = full.fingerprint
         self.layers = adapter.find_layers(model)
-        self._ids: Tensor | None = None
-        self._calls: list[dict[str, Any]] = []
+        self._texts: Calibration = None
+        self._batch: Batch | None = None
         self._traces: deque[Trace] = deque(maxlen=KEPT_TRACES)
         self._untouched: Trace | None = None
 
     @torch.no_grad()
     def use_texts(self, texts: Calibration, samples: int, length: int) -> None:
-        """Sets the calibration batch and runs the untouched model on it."""
-        ids = token_windows(texts, self.model, self.tokenizer, samples, length)
-        self._ids = ids.to(self.model.get_input_embeddings().weight.device)
+        """Sets the calibration texts and runs the untouched model on `samples` windows of `length` tokens of them."""
+        self._texts = texts
         self._traces.clear()
-        with self._attached():
-            self._untouched = self._record()
+        with self.attached():
+            self._batch = self.batch(samples, length)
+            self._untouched = self._run(self.full.sharing, [self._batch.hidden], {})
 
-    @property
-    def untouched(self) -> Trace:
-        """The run of the untouched model on the calibration batch."""
-        if self._untouched is None:
-            raise RuntimeError("no calibration batch yet; call use_texts first")
-        return self._untouched
-
+    @torch.no_grad()
     def average_kv(self) -> list[tuple[Tensor, Tensor]]:
         """For every layer its keys and values `[H_kv, T, D]`, averaged over the calibration rows."""
         kv = self.untouched.kv
@@ -90,45 +98,59 @@ class ModelProbe:
         start = first_difference(plan, known.plan)
         if start == self.num_layers:
             return known.final
-        inputs, context, hidden = known.inputs[:start], SharingContext(plan), known.inputs[start]
-        context.kv.update((layer, kv) for layer, kv in known.kv.items() if layer < start)
-        with self._attached():
-            for layer in range(start, self.num_layers):
-                inputs.append(hidden)
-                hidden = self.run_layer(layer, hidden, context)
-        self._traces.append(Trace(plan, inputs, context.kv, self.norm(hidden)))
+        kv = {layer: kv for layer, kv in known.kv.items() if layer < start}
+        with self.attached():
+            self._traces.append(self._run(plan, known.inputs[: start + 1], kv))
         return self._traces[-1].final
 
-    def run_layer(self, layer: int, hidden: Tensor, context: SharingContext) -> Tensor:
+    @torch.no_grad()
+    def heal(self, plan: SharingPlan) -> SharingPlan:
+        """The plan with refitted weights for its consumers (see `calibration.healing`)."""
+        return heal_plan(self, plan)
+
+    @property
+    def untouched(self) -> Trace:
+        """The run of the untouched model on the calibration batch."""
+        if self._untouched is None:
+            raise RuntimeError("no calibration batch yet; call use_texts first")
+        return self._untouched
+
+    def batch(self, samples: int, length: int) -> Batch:
+        """A batch of calibration windows, up to the first layer. Must run inside `attached`.
+
+        The layers are made to hand their input on, so that the decoder's own forward costs nothing and still shows
+        with what arguments it calls each of them.
+        """
+        ids = token_windows(self._texts, self.model, self.tokenizer, samples, length)
+        batch = Batch(torch.empty(0), [])
+
+        def pass_on(*args: Any, **kwargs: Any) -> Tensor:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if not batch.calls:
+                batch.hidden = hidden
+            batch.calls.append(kwargs)
+            return hidden
+
+        forwards = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = pass_on
+            device = self.model.get_input_embeddings().weight.device
+            self.adapter.find_decoder(self.model)(input_ids=ids.to(device), use_cache=False)
+        finally:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+        return batch
+
+    def run_layer(self, layer: int, hidden: Tensor, batch: Batch, context: SharingContext | None = None) -> Tensor:
         """One decoder layer on `hidden` `[B, T, hidden]`, with the arguments of the recorded forward."""
-        output = self.layers[layer](hidden, **{**self._calls[layer], "kv_sharing": context})
+        output = self.layers[layer](hidden, **{**batch.calls[layer], "kv_sharing": context})
         return output[0] if isinstance(output, tuple) else output
 
-    def norm(self, hidden: Tensor) -> Tensor:
-        """The decoder's final norm."""
-        return getattr(self.adapter.find_decoder(self.model), self.adapter.norm)(hidden)
-
-    def _record(self) -> Trace:
-        """Runs the decoder's own forward and records what it gives every layer."""
-        context, inputs = SharingContext(self.full.sharing), []
-        self._calls = []
-
-        def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            inputs.append(args[0] if args else kwargs.pop("hidden_states"))
-            self._calls.append(kwargs)
-
-        handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in self.layers]
-        try:
-            decoder = self.adapter.find_decoder(self.model)
-            output = decoder(input_ids=self._ids, use_cache=False, kv_sharing=context)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return Trace(self.full.sharing, inputs, context.kv, output.last_hidden_state)
-
     @contextmanager
-    def _attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[None]:
         """Our attention function on the model, in evaluation mode, for the time of a run."""
         training = self.model.training
         attach(self.model, self.adapter, self.full)
@@ -138,6 +160,16 @@ class ModelProbe:
         finally:
             detach(self.model)
             self.model.train(training)
+
+    def _run(self, plan: SharingPlan, inputs: list[Tensor], kv: dict[int, tuple[Tensor, Tensor]]) -> Trace:
+        """Runs the layers under `plan` from the last of the given `inputs` on, with the KV of the layers before it."""
+        assert self._batch is not None
+        context, inputs = SharingContext(plan), list(inputs)
+        context.kv.update(kv)
+        for layer in range(len(inputs) - 1, self.num_layers):
+            inputs.append(self.run_layer(layer, inputs[layer], self._batch, context))
+        norm = getattr(self.adapter.find_decoder(self.model), self.adapter.norm)
+        return Trace(plan, inputs[:-1], context.kv, norm(inputs[-1]))
 
 
 def first_difference(one: SharingPlan, other: SharingPlan) -> int:
