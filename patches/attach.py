@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class Attachment:
             parameter.requires_grad_(False)
         decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name), with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
-            model._prepare_cache_for_generation = types.MethodType(prepare_cache_for_generation, model)
+            # a partial, not a bound method: it survives pickling and a deep copy is bound to the copied model
+            model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
         model.__dict__[ATTRIBUTE] = self
 
     def restore(self, model: nn.Module, decoder: nn.Module) -> None:
@@ -232,10 +233,15 @@ def require_own_cache(cache: Any, spec: CacheSpec) -> None:
 
 
 def prepare_cache_for_generation(
-    self, generation_config, model_kwargs: dict[str, Any], generation_mode, batch_size: int, max_cache_length: int
+    model: nn.Module,
+    generation_config,
+    model_kwargs: dict[str, Any],
+    generation_mode,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
     """Takes the place of the method of the same name: makes our cache and tells it how long the prompt is."""
-    spec = require_attached(self).spec
+    spec = require_attached(model).spec
     # "hybrid" is not a wish of the user: published configurations of models with sliding layers carry it
     if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
         raise ValueError(

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 AXES = {"sharing", "eviction", "codecs", "stores", "segment", "tail"}
-GROUND = {"kernels", "fingerprint", "safefile"}
+GROUND = {"kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "patches"}
 
@@ -27,6 +27,7 @@ RUNTIME = {"attention", "layers", "persistence", "cache", "patches"}
 LAYERS = {
     "kernels": {"kernels"},
     "fingerprint": set(),
+    "progress": set(),
     "safefile": set(),
     **dict.fromkeys(AXES, GROUND | AXES),
     "spec": VALUES,
@@ -47,8 +48,10 @@ BORDER = {
     "cli",
     "demo",
     "integrations",
+    "measure",
     "models",
     "report",
+    "smollm2",
     "testing",
 }
 
@@ -61,7 +64,7 @@ RESTRICTED = {
     "matplotlib": {"report", "demo", "cli"},
     "gguf": {"demo", "cli", "testing"},
     "typer": {"cli"},
-    "rich": {"cli", "demo", "report"},
+    "rich": {"cli", "demo", "progress", "report"},
 }
 
 # not needed to use the library, or slow to import
