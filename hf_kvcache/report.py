@@ -65,7 +65,7 @@ class CacheReport:
                 f"{layer.layer:5d}  {layer.source:5d}  {layer.seen:5d}  {kept:>9}  {layer.bytes:12,d}  "
                 f"{layer.full_bytes:12,d}"
             )
-        lines.append(f"{self.bytes:,d} of {self.full_bytes:,d} bytes: {self.ratio:.2f} times smaller")
+        lines.append(f"{self.bytes:,d} bytes held, {self.full_bytes:,d} in a full cache: ratio {self.ratio:.2f}")
         return "\n".join(lines)
 
 

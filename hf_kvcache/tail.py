@@ -1,7 +1,7 @@
 """`Tail`: the recent tokens of a layer, dense, in pre-allocated memory that new tokens are written into.
 
 Appending moves no old data (transformers' `DynamicCache` copies the whole layer for every token). When the memory is
-full it grows by a quarter, so that a token is moved a bounded number of times however long the generation.
+full it grows by an eighth, so that a token is moved a bounded number of times however long the generation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MIN_GROWTH = 32
+MIN_GROWTH = 16
 
 
 class Tail:
@@ -60,7 +60,7 @@ class Tail:
         return list(self._buffers)
 
     def _grow(self, needed: int, key: Tensor, value: Tensor) -> None:
-        roomy = needed + max(MIN_GROWTH, needed // 4)
+        roomy = needed + max(MIN_GROWTH, needed // 8)
         capacity = self._reserved if self._reserved >= needed else roomy
         grown = [new.new_empty(*new.shape[:2], capacity, new.shape[3]) for new in (key, value)]
         for buffer, old in zip(grown, self._buffers, strict=False):
