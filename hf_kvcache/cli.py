@@ -62,8 +62,8 @@ def calibrate_kvsharer(
     from hf_kvcache.api import find_plan
     from hf_kvcache.methods import KVSharer
 
-    loaded, tokenizer = load_model(model)
     method = KVSharer(share=share, threshold=threshold, order=order, heal=heal, calibration=text)
+    loaded, tokenizer = load_model(model)
     plan = find_plan(loaded, method, tokenizer=tokenizer)
     plan.save(output)
     console.print(f"{len(plan.consumers)} of {plan.num_layers} layers share: {plan_text(plan)}")
