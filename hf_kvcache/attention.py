@@ -59,12 +59,12 @@ class SharingContext:
         self.plan = plan
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def resolve(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values that `layer` is to read."""
-        source = self.plan.source_layers[layer]
-        if source != layer:
+    def resolve(self, call: AttentionCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values that the calling layer is to read."""
+        source = self.plan.source_layers[call.layer]
+        if source != call.layer:
             return self.kv[source]
-        self.kv[layer] = key, value
+        self.kv[call.layer] = key, value
         return key, value
 
 
@@ -156,7 +156,7 @@ def attention(
     if not isinstance(key, Tensor):
         return key.attend(call).to(query.device), None
     if kv_sharing is not None:
-        key, value = (tensor.to(query.device) for tensor in kv_sharing.resolve(call.layer, key, value))
+        key, value = (tensor.to(query.device) for tensor in kv_sharing.resolve(call, key, value))
     return call.dense(key, value), None
 
 

@@ -27,6 +27,7 @@ class Adapter:
         decoder: the attribute of the causal language model that holds the decoder.
         layers: the attribute of the decoder that lists its layers.
         attention: the attribute of a layer that holds its attention module.
+        query: the attribute of the attention module that makes its queries alone, None where there is none.
         output: the attribute of the attention module that projects its heads to the residual stream (W_O).
         norm: the attribute of the decoder that holds the final norm.
     """
@@ -35,6 +36,7 @@ class Adapter:
     decoder: str = "model"
     layers: str = "layers"
     attention: str = "self_attn"
+    query: str | None = "q_proj"
     output: str = "o_proj"
     norm: str = "norm"
 

@@ -25,7 +25,7 @@ ADAPTERS: dict[str, Adapter] = {
     "olmo": LLAMA,
     "olmo2": LLAMA,
     "olmo3": LLAMA,
-    "phi3": Adapter(kv=FusedQKV()),
+    "phi3": Adapter(kv=FusedQKV(), query=None),
     "qwen2": LLAMA,
     "qwen2_moe": LLAMA,
     "qwen3": LLAMA,

@@ -1,30 +1,27 @@
-"""Healing of a sharing plan: refits the output projection of every consumer in closed form.
+"""Healing of a sharing plan: refits the query and output projections of every consumer to the untouched model.
 
-A consumer attends over keys and values that were made for another layer. What its heads then read is different, but
-much of what they were meant to read can still be expressed by it. For consumer i, with
+A consumer attends over keys and values that were made for another layer. Both fits are convex, go layer after layer, so
+that each sees what the layers healed before it produce, and cost nothing at run time:
 
-    X  the outputs of its heads over the shared KV, `[N, H_q D]`, in the model healed so far,
-    Y  the attention output of the untouched model, `[N, hidden]`,
-    W0 its output projection,
+1. Its queries are refitted to the foreign keys, so that it attends where it used to (`calibration.query_fit`).
+2. Its output projection is refitted to what it then reads. With X the outputs of its heads over the shared KV
+   `[N, H_q D]`, Y the attention output of the untouched model `[N, hidden]` and W0 the old weights, it becomes
 
-healing takes the ridge regression that stays near the old weights
-
-    W = argmin ||X W^T - Y||^2 + lambda ||W - W0||^2,    lambda = strength * mean(diag(X^T X)),
-
-layer after layer, so that every fit sees what the layers healed before it produce. It costs nothing at run time.
+       W = argmin ||X W^T - Y||^2 + lambda ||W - W0||^2,    lambda = strength * mean(diag(X^T X)).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_kvcache.attention import SharingContext
+from hf_kvcache.attention import AttentionCall, SharingContext
+from hf_kvcache.calibration.query_fit import AttentionExample, fit_query
 from hf_kvcache.progress import progress
 from hf_kvcache.sharing import SharingPlan
 
@@ -36,36 +33,64 @@ WINDOWS = ((4, 1024), (8, 512), (16, 256), (32, 128))
 STRENGTH = 1e-2
 
 
-def heal_plan(probe: ModelProbe, plan: SharingPlan, strength: float = STRENGTH) -> SharingPlan:
-    """Returns `plan` with healed output projections for its consumers.
+def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, int], ...] = WINDOWS) -> SharingPlan:
+    """Returns `plan` with healed projections for its consumers.
 
     Args:
         probe: the untouched model and its calibration texts.
         plan: which layers share.
-        strength: of the pull towards the old weights.
+        windows: (samples, length) of the calibration batches.
     """
     if plan.is_identity:
         return plan
     healed: dict[str, Tensor] = {}
     with probe.attached(), progress("healing layers", probe.num_layers) as advance:
-        streams = [Stream(probe, probe.batch(*window), plan) for window in WINDOWS]
+        streams = [Stream(probe, probe.batch(*window), plan) for window in windows]
         for layer in range(probe.num_layers):
             if layer in plan.consumers:
-                path = f"{probe.adapter.layers}.{layer}.{probe.adapter.attention}.{probe.adapter.output}"
-                output = getattr(getattr(probe.layers[layer], probe.adapter.attention), probe.adapter.output)
-                require_plain(output, path)
-                fit = Ridge(output.weight)
-                for stream in streams:
-                    fit.add(*stream.example(layer, output))
-                healed[path] = fit.solve(strength)
-                with weight_of(output, healed[path]):
-                    for stream in streams:
-                        stream.advance_healed(layer)
+                weights = heal_layer(probe, layer, streams)
+                healed |= {f"{probe.adapter.layers}.{layer}.{name}": weight for name, weight in weights.items()}
             else:
                 for stream in streams:
                     stream.advance(layer)
             advance()
     return replace(plan, healed=healed)
+
+
+def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream], refit_query: bool = True) -> dict[str, Tensor]:
+    """Healed weights of a consumer by path below its layer; takes all streams past the layer."""
+    adapter = probe.adapter
+    attention = getattr(probe.layers[layer], adapter.attention)
+    output = getattr(attention, adapter.output)
+    require_plain(output, f"{adapter.output} of layer {layer}")
+    healed = {}
+    with ExitStack() as weights:
+        examples = [stream.untouched_example(layer, attention, output) for stream in streams]
+        if adapter.query is not None and refit_query:
+            query = getattr(attention, adapter.query)
+            require_plain(query, f"{adapter.query} of layer {layer}")
+            asked = [
+                stream.attention_example(layer, attention, call, key)
+                for stream, (call, key, _) in zip(streams, examples, strict=True)
+            ]
+            healed[f"{adapter.attention}.{adapter.query}"] = fit_query(attention, adapter.query, asked)
+            weights.enter_context(weight_of(query, healed[f"{adapter.attention}.{adapter.query}"]))
+        fit = Ridge(output.weight)
+        for stream, (_, _, wanted) in zip(streams, examples, strict=True):
+            fit.add(stream.head_outputs(layer, output), wanted)
+        healed[f"{adapter.attention}.{adapter.output}"] = fit.solve(STRENGTH)
+        weights.enter_context(weight_of(output, healed[f"{adapter.attention}.{adapter.output}"]))
+        for stream in streams:
+            stream.advance_healed(layer)
+    return healed
+
+
+class Witness(SharingContext):
+    """Leaves keys and values as they are and remembers the last call and its keys."""
+
+    def resolve(self, call: AttentionCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen = call, key
+        return key, value
 
 
 class Stream:
@@ -76,16 +101,28 @@ class Stream:
         self.untouched = self.healed = batch.hidden
         self.context = SharingContext(plan)
 
-    def example(self, layer: int, output: nn.Linear) -> tuple[Tensor, Tensor]:
-        """X and Y of a consumer: the input of its output projection when healed, the output of it when untouched.
-
-        Takes the untouched side past the layer.
-        """
+    def untouched_example(
+        self, layer: int, attention: nn.Module, output: nn.Linear
+    ) -> tuple[AttentionCall, Tensor, Tensor]:
+        """The untouched layer's attention call, its keys and Y; takes the untouched side past the layer."""
+        witness = Witness(self.context.plan)
         with captured(output) as calls:
-            self.untouched = self.probe.run_layer(layer, self.untouched, self.batch)
-            self.probe.run_layer(layer, self.healed, self.batch, self.context)
-        (_, wanted), (given, _) = calls
-        return given, wanted if output.bias is None else wanted - output.bias
+            self.untouched = self.probe.run_layer(layer, self.untouched, self.batch, witness)
+        wanted = calls[0][1]
+        return *witness.seen, wanted if output.bias is None else wanted - output.bias
+
+    def attention_example(self, layer: int, attention: nn.Module, call: AttentionCall, key: Tensor) -> AttentionExample:
+        """What the layer's attention gets when healed so far, and where it should look."""
+        with stopped_at(attention) as stop:
+            self._run_healed(layer)
+        foreign_key = self.context.kv[self.context.plan.source_layers[layer]][0]
+        return AttentionExample(stop[0], foreign_key, call, key)
+
+    def head_outputs(self, layer: int, output: nn.Module) -> Tensor:
+        """X of the layer."""
+        with stopped_at(output) as stop:
+            self._run_healed(layer)
+        return stop[0]["args"][0]
 
     def advance_healed(self, layer: int) -> None:
         """Takes the healed side past a layer."""
@@ -96,6 +133,13 @@ class Stream:
         same = self.healed is self.untouched
         self.advance_healed(layer)
         self.untouched = self.healed if same else self.probe.run_layer(layer, self.untouched, self.batch)
+
+    def _run_healed(self, layer: int) -> None:
+        try:
+            self.probe.run_layer(layer, self.healed, self.batch, self.context)
+        except Stopped:
+            return
+        raise RuntimeError(f"layer {layer} did not reach the module that was to stop it")
 
 
 class Ridge:
@@ -125,6 +169,26 @@ class Ridge:
         return torch.linalg.solve(system, cross + pull * old.T).T.to(self.old.dtype).contiguous()
 
 
+class Stopped(Exception):
+    """A forward was stopped because the module of interest was reached."""
+
+
+@contextmanager
+def stopped_at(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Makes a forward raise `Stopped` when it reaches `module`; yields the list that gets what it was called with."""
+    found: list[dict[str, Any]] = []
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append({"args": args, "kwargs": kwargs})
+        raise Stopped
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def captured(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Collects (input, output) of every call of a module."""
@@ -147,10 +211,10 @@ def weight_of(module: nn.Module, weight: Tensor) -> Iterator[None]:
         module.weight = old
 
 
-def require_plain(module: nn.Module, path: str) -> None:
+def require_plain(module: nn.Module, name: str) -> None:
     """Raises unless a module is a plain Linear whose weight can be replaced."""
     if type(module) is not nn.Linear or module.weight.device.type == "meta":
         raise NotImplementedError(
-            f"healing refits {path}, but that is a {type(module).__name__} on {module.weight.device}, and only a plain "
+            f"healing refits {name}, but that is a {type(module).__name__} on {module.weight.device}, and only a plain "
             "Linear in memory can be refitted; use heal=False"
         )
