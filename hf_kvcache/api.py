@@ -108,7 +108,8 @@ def is_patched(model: nn.Module) -> bool:
 
 def require_weights(model: nn.Module) -> None:
     """Raises for a model whose weights were never loaded; dispatched ones may rest on the meta device."""
-    if not hasattr(model, "hf_device_map") and any(weight.device.type == "meta" for weight in model.parameters()):
+    dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if not dispatched and any(weight.device.type == "meta" for weight in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} has parameters on the meta device, expected loaded weights; load them first"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -43,7 +43,7 @@ def option_names(method: type[Method]) -> list[str]:
 def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
     if method is None:
         return []
-    given = [method] if isinstance(method, (str, Method)) else list(method)
+    given = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     parts: list[str | Method] = []
     for item in given:
         if isinstance(item, str):

@@ -39,7 +39,8 @@ class Tail:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, n, D]` behind the tokens held."""
         end = self.length + key.shape[2]
-        if end > self.capacity:
+        frozen = bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+        if end > self.capacity or frozen:
             self._grow(end, key, value)
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[:, :, self.length : end] = new

@@ -38,9 +38,8 @@ def decode_attention_reference(
         lowest = torch.finfo(accumulate).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.to(accumulate)
         scores = scores.clamp_min(lowest)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).to(value.dtype)
-    return torch.matmul(weights, value).to(query.dtype), lse
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.matmul(weights, value).to(query.dtype), torch.logsumexp(scores, dim=-1)
 
 
 @torch.library.impl(LIBRARY, "decode_attention", "CPU")
@@ -52,9 +51,10 @@ def decode_attention_cpu(
         return decode_attention_reference(query, key, value, mask, scale, softcap)
     if mask is not None:
         mask = _additive(mask, query.dtype).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=mask, scale=scale
     )
+    return out.contiguous(), lse.contiguous()
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.register_fake("hf_kvcache::decode_attention", lib=LIBRARY)
 def _(query, key, value, mask, scale, softcap):
-    return torch.empty_like(query), query.new_empty(
+    return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(
         query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)
     )
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_kvcache.attention import SharingContext, register
 from hf_kvcache.cache import KVCache
+from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.spec import CacheSpec
@@ -99,7 +100,7 @@ class Attachment:
 
 def attached(model: nn.Module) -> Attachment | None:
     """The attachment of a patched model, None for any other."""
-    return model.__dict__.get(ATTRIBUTE)
+    return getattr(model, "__dict__", {}).get(ATTRIBUTE)
 
 
 def require_attached(model: nn.Module) -> Attachment:
@@ -183,15 +184,15 @@ class BeforeDecoder:
             kwargs = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
             kwargs.update(kwargs.pop("kwargs", {}))
             args = ()
-        self._check(decoder, kwargs)
         cache = kwargs.get("past_key_values")
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache
         checkpointing = decoder.training and getattr(decoder, "gradient_checkpointing", False)
         if cache is None and use_cache and not checkpointing:
-            kwargs["past_key_values"] = KVCache(self.spec)
-        elif cache is None and not self.spec.sharing.is_identity:
+            cache = kwargs["past_key_values"] = KVCache(self.spec)
+        self._check(decoder, kwargs)
+        if cache is None and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
                 raise NotImplementedError(
                     "reentrant gradient checkpointing gives wrong gradients when layers share KV; "
@@ -215,7 +216,7 @@ class BeforeDecoder:
                 f"the attention of this patched model was changed to {decoder.config._attn_implementation!r}; "
                 "unpatch_model first, change it, and patch again"
             )
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", decoder.config.output_attentions):
             raise NotImplementedError(
                 "a patched model computes no attention weights; unpatch_model before asking for output_attentions"
             )
@@ -228,7 +229,8 @@ def require_own_cache(cache: Any, spec: CacheSpec) -> None:
             f"this model is patched and takes a KVCache, got a {type(cache).__name__}; pass none, or new_cache(model)"
         )
     own = (spec.sharing.source_layers, spec.sliding_windows)
-    if (cache.spec.sharing.source_layers, cache.spec.sliding_windows) != own:
+    same = (cache.spec.sharing.source_layers, cache.spec.sliding_windows) == own
+    if not same or not matches(cache.spec.fingerprint, spec.fingerprint):
         raise ValueError("this cache was made for another model or another plan; make one with new_cache(model)")
 
 
@@ -259,6 +261,9 @@ def prepare_cache_for_generation(
     if not cache.get_seq_length():
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         cache.expect(prompt_length(model_kwargs), copies)
+    if generation_config.is_assistant:
+        # what it drafts is rolled back
+        cache.activate_past_recording()
 
 
 def prompt_length(model_kwargs: dict[str, Any]) -> int:

@@ -36,7 +36,10 @@ def token_windows(calibration: Calibration, model: nn.Module, tokenizer: Any, sa
         tokenizer = tokenizer or find_tokenizer(model)
         texts = _read(calibration)
         streams = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]).long() for text in texts]
-    windows = torch.cat([stream[: len(stream) // length * length].view(-1, length) for stream in streams])
+    windows = torch.cat(
+        [torch.empty(0, length, dtype=torch.long)]
+        + [stream[: len(stream) // length * length].view(-1, length) for stream in streams]
+    )
     if len(windows) < samples:
         total = sum(len(stream) for stream in streams)
         raise ValueError(

@@ -64,8 +64,8 @@ class KVSharer(Method):
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.share < 1:
-            raise ValueError(f"share must be a number in [0, 1), got {self.share}")
+        if not (isinstance(self.share, (int, float)) and 0 <= self.share < 1):
+            raise ValueError(f"share must be a number in [0, 1), got {self.share!r}")
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"threshold is a cosine similarity in [-1, 1], got {self.threshold}")
         if self.order not in ORDERS:
