@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # windows of several lengths, since a head that is healed on short texts alone errs on long ones
 WINDOWS = ((4, 1024), (8, 512), (16, 256), (32, 128))
 STRENGTH = 1e-2
+PAIR_SAMPLES, PAIR_LENGTH = 16, 256
 
 
 def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, int], ...] = WINDOWS) -> SharingPlan:
@@ -45,7 +46,7 @@ def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, in
         return plan
     healed: dict[str, Tensor] = {}
     with probe.attached(), progress("healing layers", probe.num_layers) as advance:
-        streams = [Stream(probe, probe.batch(*window), plan) for window in windows]
+        streams = [Stream(probe, probe.batch(probe.tokens(*window)), plan) for window in windows]
         for layer in range(probe.num_layers):
             if layer in plan.consumers:
                 weights = heal_layer(probe, layer, streams)
@@ -65,7 +66,7 @@ def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream], refit_query
     require_plain(output, f"{adapter.output} of layer {layer}")
     healed = {}
     with ExitStack() as weights:
-        examples = [stream.untouched_example(layer, attention, output) for stream in streams]
+        examples = [stream.untouched_example(layer, output) for stream in streams]
         if adapter.query is not None and refit_query:
             query = getattr(attention, adapter.query)
             require_plain(query, f"{adapter.query} of layer {layer}")
@@ -101,9 +102,7 @@ class Stream:
         self.untouched = self.healed = batch.hidden
         self.context = SharingContext(plan)
 
-    def untouched_example(
-        self, layer: int, attention: nn.Module, output: nn.Linear
-    ) -> tuple[AttentionCall, Tensor, Tensor]:
+    def untouched_example(self, layer: int, output: nn.Linear) -> tuple[AttentionCall, Tensor, Tensor]:
         """The untouched layer's attention call, its keys and Y; takes the untouched side past the layer."""
         witness = Witness(self.context.plan)
         with captured(output) as calls:
@@ -140,6 +139,72 @@ class Stream:
         except Stopped:
             return
         raise RuntimeError(f"layer {layer} did not reach the module that was to stop it")
+
+
+class PairJudge:
+    """Scores single pairs of layers by the divergence that is left after healing the consumer's output projection.
+
+    The projection is fitted on three quarters of the calibration windows and judged on the others, so that a pair is
+    not rewarded for what it can only memorise.
+    """
+
+    def __init__(self, probe: ModelProbe) -> None:
+        self.probe = probe
+        ids = probe.tokens(PAIR_SAMPLES, PAIR_LENGTH)
+        held_out = torch.arange(len(ids)) % 4 == 3
+        self.fitted, self.judged = self._trace(ids[~held_out]), self._trace(ids[held_out])
+        self.head = probe.model.get_output_embeddings()
+        if self.head is None:
+            raise ValueError("order='kl' needs a model with a language-model head; patch the causal language model")
+        self.full = [self._log_probs(row) for row in probe.norm(self.judged.final)]
+
+    def divergence(self, consumer: int, source: int) -> float:
+        """Mean KL(untouched || healed) in nats a token on the judged windows, when only this pair shares."""
+        probe, plan = self.probe, SharingPlan.from_pairs(self.probe.num_layers, [(consumer, source)])
+        output = getattr(getattr(probe.layers[consumer], probe.adapter.attention), probe.adapter.output)
+        require_plain(output, f"{probe.adapter.output} of layer {consumer}")
+        stream = self.fitted.stream(probe, consumer, source, plan)
+        _, _, wanted = stream.untouched_example(consumer, output)
+        fit = Ridge(output.weight)
+        fit.add(stream.head_outputs(consumer, output), wanted)
+        judged = self.judged.stream(probe, consumer, source, plan)
+        with weight_of(output, fit.solve(STRENGTH)):
+            judged.advance_healed(consumer)
+        for layer in range(consumer + 1, probe.num_layers):
+            judged.advance_healed(layer)
+        own = (self._log_probs(row) for row in probe.norm(judged.healed))
+        pairs = zip(self.full, own, strict=True)
+        return sum(float((full.exp() * (full - other)).sum(-1).mean()) for full, other in pairs) / len(self.full)
+
+    def _trace(self, ids: Tensor) -> UntouchedRun:
+        probe, context = self.probe, SharingContext(SharingPlan.identity(self.probe.num_layers))
+        batch = probe.batch(ids)
+        inputs, hidden = [], batch.hidden
+        for layer in range(probe.num_layers):
+            inputs.append(hidden)
+            hidden = probe.run_layer(layer, hidden, batch, context)
+        return UntouchedRun(batch, inputs, context.kv, hidden)
+
+    def _log_probs(self, hidden: Tensor) -> Tensor:
+        # the head's plain logits: a family's scaling or cap of them moves all pairs' divergences alike
+        return self.head(hidden).float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class UntouchedRun:
+    """The untouched model on one batch: inputs and KV of all layers and the last layer's output."""
+
+    batch: Batch
+    inputs: list[Tensor]
+    kv: dict[int, tuple[Tensor, Tensor]]
+    final: Tensor
+
+    def stream(self, probe: ModelProbe, layer: int, source: int, plan: SharingPlan) -> Stream:
+        """A stream that stands before `layer`, with the KV of `source` at hand."""
+        stream = Stream(probe, self.batch, plan)
+        stream.untouched = stream.healed = self.inputs[layer]
+        stream.context.kv[source] = self.kv[source]
+        return stream
 
 
 class Ridge:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvcache.attention import SharingContext
-from hf_kvcache.calibration.healing import heal_plan
+from hf_kvcache.calibration.healing import PairJudge, heal_plan
 from hf_kvcache.calibration.texts import Calibration, token_windows
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
@@ -75,14 +75,15 @@ class ModelProbe:
         self._batch: Batch | None = None
         self._traces: deque[Trace] = deque(maxlen=KEPT_TRACES)
         self._untouched: Trace | None = None
+        self._pair_judge: PairJudge | None = None
 
     @torch.no_grad()
     def use_texts(self, texts: Calibration, samples: int, length: int) -> None:
         """Sets the calibration texts and runs the untouched model on `samples` windows of `length` tokens of them."""
-        self._texts = texts
+        self._texts, self._pair_judge = texts, None
         self._traces.clear()
         with self.attached():
-            self._batch = self.batch(samples, length)
+            self._batch = self.batch(self.tokens(samples, length))
             self._untouched = self._run(self.full.sharing, [self._batch.hidden], {})
 
     @torch.no_grad()
@@ -104,6 +105,15 @@ class ModelProbe:
         return self._traces[-1].final
 
     @torch.no_grad()
+    def healed_divergence(self, consumer: int, source: int) -> float:
+        """KL(untouched || shared and healed) when only this pair of layers shares (see `calibration.healing`)."""
+        if self._pair_judge is None:
+            with self.attached():
+                self._pair_judge = PairJudge(self)
+        with self.attached():
+            return self._pair_judge.divergence(consumer, source)
+
+    @torch.no_grad()
     def heal(self, plan: SharingPlan) -> SharingPlan:
         """The plan with refitted weights for its consumers (see `calibration.healing`)."""
         return heal_plan(self, plan)
@@ -115,13 +125,16 @@ class ModelProbe:
             raise RuntimeError("no calibration batch yet; call use_texts first")
         return self._untouched
 
-    def batch(self, samples: int, length: int) -> Batch:
-        """A batch of calibration windows, up to the first layer. Must run inside `attached`.
+    def tokens(self, samples: int, length: int) -> Tensor:
+        """Calibration windows as token ids `[samples, length]`."""
+        return token_windows(self._texts, self.model, self.tokenizer, samples, length)
+
+    def batch(self, ids: Tensor) -> Batch:
+        """A batch of windows `[B, T]`, up to the first layer. Must run inside `attached`.
 
         The layers are made to hand their input on, so that the decoder's own forward costs nothing and still shows
         with what arguments it calls each of them.
         """
-        ids = token_windows(self._texts, self.model, self.tokenizer, samples, length)
         batch = Batch(torch.empty(0), [])
 
         def pass_on(*args: Any, **kwargs: Any) -> Tensor:
@@ -149,6 +162,10 @@ class ModelProbe:
         output = self.layers[layer](hidden, **{**batch.calls[layer], "kv_sharing": context})
         return output[0] if isinstance(output, tuple) else output
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's final norm."""
+        return getattr(self.adapter.find_decoder(self.model), self.adapter.norm)(hidden)
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Our attention function on the model, in evaluation mode, for the time of a run."""
@@ -168,8 +185,7 @@ class ModelProbe:
         context.kv.update(kv)
         for layer in range(len(inputs) - 1, self.num_layers):
             inputs.append(self.run_layer(layer, inputs[layer], self._batch, context))
-        norm = getattr(self.adapter.find_decoder(self.model), self.adapter.norm)
-        return Trace(plan, inputs[:-1], context.kv, norm(inputs[-1]))
+        return Trace(plan, inputs[:-1], context.kv, self.norm(inputs[-1]))
 
 
 def first_difference(one: SharingPlan, other: SharingPlan) -> int:

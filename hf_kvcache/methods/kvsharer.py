@@ -10,6 +10,10 @@ Algorithm 1 of the paper, in its order:
    cosine similarity of the final hidden states with and without it exceeds the threshold T.
 5. Stop when C layers share. A chain of pairs resolves to the layer that owns its KV; layer 0 is never replaced.
 
+`order="kl"`, the default, is not the paper's: steps 1 to 3 are replaced by trying neighbouring layers and sorting their
+pairs by the divergence from the untouched model that is left after healing. It is far better on every model that we
+measured (examples/benchmarks/results/kvsharer_healing.csv).
+
 Different from the reference code: consumers do not compute the keys and values that they would throw away, only layers
 with the same attention window share, a search that ends early says how far it got and keeps what it found, and the
 cache is appended by layer (the reference overwrites the history of upper layers in decoding).
@@ -33,8 +37,10 @@ from hf_kvcache.progress import progress
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
-ORDERS = ("dissimilar", "similar", "random")
+ORDERS = ("kl", "dissimilar", "similar", "random")
 SAMPLES, LENGTH = 30, 64
+# how far below a consumer the KL order looks for its source: it matters little which of the nearest it is
+REACH = 2
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ class KVSharer(Method):
     Args:
         share: share of the layers that give up their own KV, in [0, 1); C = share x layers, rounded.
         threshold: T, the least cosine similarity of the final hidden states for a pair to be kept.
-        order: `"dissimilar"` (published), `"similar"` or `"random"` pairs first.
+        order: which pairs come first. `"dissimilar"` is the published rule; `"kl"`, the default, tries neighbouring
+            layers and takes the pairs first whose healed divergence from the untouched model is least; `"similar"` and
+            `"random"` are for comparison.
         plan: a `SharingPlan`, or the path of a saved one; nothing is searched then.
         calibration: texts to search on, a list of strings or the path of a text file; None for the shipped sample.
         heal: refit the consumers' projections to the untouched model after the search (not in the paper).
@@ -57,7 +65,7 @@ class KVSharer(Method):
 
     share: float = 0.25
     threshold: float = 0.5
-    order: str = "dissimilar"
+    order: str = "kl"
     plan: SharingPlan | str | Path | None = None
     calibration: Sequence[str] | str | Path | None = None
     heal: bool = True
@@ -82,26 +90,40 @@ class KVSharer(Method):
         if count == 0:
             return SharingPlan.identity(model.num_layers)
         model.use_texts(self.calibration, SAMPLES, LENGTH)
-        pairs = self.ordered_pairs(model.average_kv(), model.sliding_windows)
-        plan = search(model, pairs, count, self.threshold)
+        plan = search(model, self.ordered_pairs(model), count, self.threshold, chains=self.order != "kl")
         settings = {name: str(getattr(self, name)) for name in ("share", "threshold", "order", "seed", "heal")}
         plan = replace(plan, fingerprint=model.fingerprint, settings=settings)
         return model.heal(plan) if self.heal else plan
 
-    def ordered_pairs(
-        self, kv: list[tuple[Tensor, Tensor]], sliding_windows: tuple[int | None, ...]
-    ) -> list[tuple[int, int]]:
-        """All (consumer, source) pairs of layers of one attention type, in the order in which to try them."""
+    def ordered_pairs(self, model: CalibrationModel) -> list[tuple[int, int]]:
+        """The (consumer, source) pairs of layers of one attention type, in the order in which to try them."""
+        windows = model.sliding_windows
         pairs = [
-            (high, low)
-            for low, high in itertools.combinations(range(len(kv)), 2)
-            if sliding_windows[low] == sliding_windows[high]
+            (high, low) for low, high in itertools.combinations(range(len(windows)), 2) if windows[low] == windows[high]
         ]
         if self.order == "random":
             random.Random(self.seed).shuffle(pairs)
             return pairs
+        if self.order == "kl":
+            return by_healed_divergence(model, pairs)
+        kv = model.average_kv()
         distance = {pair: kv_distance(kv[pair[0]], kv[pair[1]]) for pair in pairs}
         return sorted(pairs, key=distance.__getitem__, reverse=self.order == "dissimilar")
+
+
+def by_healed_divergence(model: CalibrationModel, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs of near layers, the least divergence after healing first."""
+    near = [
+        (consumer, source)
+        for consumer in sorted({consumer for consumer, _ in pairs})
+        for source in sorted((low for high, low in pairs if high == consumer), reverse=True)[:REACH]
+    ]
+    divergence = {}
+    with progress("scoring pairs of layers", len(near)) as advance:
+        for pair in near:
+            divergence[pair] = model.healed_divergence(*pair)
+            advance()
+    return sorted(near, key=divergence.__getitem__)
 
 
 def kv_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
@@ -110,7 +132,9 @@ def kv_distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> flo
     return float((key + value) / 2)
 
 
-def search(model: CalibrationModel, pairs: list[tuple[int, int]], count: int, threshold: float) -> SharingPlan:
+def search(
+    model: CalibrationModel, pairs: list[tuple[int, int]], count: int, threshold: float, chains: bool = True
+) -> SharingPlan:
     """Steps 4 and 5: keeps pairs in the given order until `count` layers share.
 
     Args:
@@ -118,6 +142,7 @@ def search(model: CalibrationModel, pairs: list[tuple[int, int]], count: int, th
         pairs: (consumer, source) in the order to try.
         count: C, the number of layers that are to share.
         threshold: T.
+        chains: whether a source may give up its own KV, as in the paper; its consumers then read what it reads.
     """
     identity = SharingPlan.identity(model.num_layers)
     original = model.final_hidden(identity)
@@ -127,7 +152,8 @@ def search(model: CalibrationModel, pairs: list[tuple[int, int]], count: int, th
         for consumer, source in pairs:
             if len(kept) == count:
                 break
-            if any(consumer == taken for taken, _ in kept):
+            taken, used = {pair[0] for pair in kept}, {pair[1] for pair in kept}
+            if consumer in taken or (not chains and (consumer in used or source in taken)):
                 continue
             candidate = SharingPlan.from_pairs(model.num_layers, [*kept, (consumer, source)])
             if mean_cosine(original, model.final_hidden(candidate)) > threshold:

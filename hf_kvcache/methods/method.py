@@ -33,6 +33,10 @@ class CalibrationModel(Protocol):
         """The hidden states `[B, T, hidden]` after the final norm under `plan`."""
         ...
 
+    def healed_divergence(self, consumer: int, source: int) -> float:
+        """KL(untouched || shared) in nats a token when only this pair shares and the consumer is healed."""
+        ...
+
     def heal(self, plan: SharingPlan) -> SharingPlan:
         """The plan with refitted weights for its consumers."""
         ...
