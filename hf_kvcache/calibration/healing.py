@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # windows of several lengths, since a head that is healed on short texts alone errs on long ones
 WINDOWS = ((4, 1024), (8, 512), (16, 256), (32, 128))
 STRENGTH = 1e-2
-PAIR_SAMPLES, PAIR_LENGTH = 16, 256
+PAIR_SAMPLES, PAIR_LENGTH = 12, 256
 
 
 def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, int], ...] = WINDOWS) -> SharingPlan:
@@ -46,7 +46,8 @@ def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, in
         return plan
     healed: dict[str, Tensor] = {}
     with probe.attached(), progress("healing layers", probe.num_layers) as advance:
-        streams = [Stream(probe, probe.batch(probe.tokens(*window)), plan) for window in windows]
+        ids = {ids.shape: ids for ids in (probe.tokens(*window) for window in windows)}
+        streams = [Stream(probe, probe.batch(rows), plan) for rows in ids.values()]
         for layer in range(probe.num_layers):
             if layer in plan.consumers:
                 weights = heal_layer(probe, layer, streams)
@@ -58,29 +59,30 @@ def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, in
     return replace(plan, healed=healed)
 
 
-def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream], refit_query: bool = True) -> dict[str, Tensor]:
+def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream]) -> dict[str, Tensor]:
     """Healed weights of a consumer by path below its layer; takes all streams past the layer."""
     adapter = probe.adapter
     attention = getattr(probe.layers[layer], adapter.attention)
-    output = getattr(attention, adapter.output)
-    require_plain(output, f"{adapter.output} of layer {layer}")
-    healed = {}
-    with ExitStack() as weights:
+    healed: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+
+        def install(name: str, weight: Tensor) -> None:
+            healed[f"{adapter.attention}.{name}"] = weight
+            stack.enter_context(weight_of(getattr(attention, name), weight))
+
+        output = plain(attention, adapter.output, layer)
         examples = [stream.untouched_example(layer, output) for stream in streams]
-        if adapter.query is not None and refit_query:
-            query = getattr(attention, adapter.query)
-            require_plain(query, f"{adapter.query} of layer {layer}")
+        if adapter.query is not None:
+            plain(attention, adapter.query, layer)
             asked = [
                 stream.attention_example(layer, attention, call, key)
                 for stream, (call, key, _) in zip(streams, examples, strict=True)
             ]
-            healed[f"{adapter.attention}.{adapter.query}"] = fit_query(attention, adapter.query, asked)
-            weights.enter_context(weight_of(query, healed[f"{adapter.attention}.{adapter.query}"]))
+            install(adapter.query, fit_query(attention, adapter.query, asked))
         fit = Ridge(output.weight)
         for stream, (_, _, wanted) in zip(streams, examples, strict=True):
             fit.add(stream.head_outputs(layer, output), wanted)
-        healed[f"{adapter.attention}.{adapter.output}"] = fit.solve(STRENGTH)
-        weights.enter_context(weight_of(output, healed[f"{adapter.attention}.{adapter.output}"]))
+        install(adapter.output, fit.solve(STRENGTH))
         for stream in streams:
             stream.advance_healed(layer)
     return healed
@@ -161,8 +163,7 @@ class PairJudge:
     def divergence(self, consumer: int, source: int) -> float:
         """Mean KL(untouched || healed) in nats a token on the judged windows, when only this pair shares."""
         probe, plan = self.probe, SharingPlan.from_pairs(self.probe.num_layers, [(consumer, source)])
-        output = getattr(getattr(probe.layers[consumer], probe.adapter.attention), probe.adapter.output)
-        require_plain(output, f"{probe.adapter.output} of layer {consumer}")
+        output = plain(getattr(probe.layers[consumer], probe.adapter.attention), probe.adapter.output, consumer)
         stream = self.fitted.stream(probe, consumer, source, plan)
         _, _, wanted = stream.untouched_example(consumer, output)
         fit = Ridge(output.weight)
@@ -276,10 +277,12 @@ def weight_of(module: nn.Module, weight: Tensor) -> Iterator[None]:
         module.weight = old
 
 
-def require_plain(module: nn.Module, name: str) -> None:
-    """Raises unless a module is a plain Linear whose weight can be replaced."""
+def plain(attention: nn.Module, name: str, layer: int) -> nn.Linear:
+    """A projection of an attention module; raises unless it is a plain Linear whose weight can be replaced."""
+    module = getattr(attention, name)
     if type(module) is not nn.Linear or module.weight.device.type == "meta":
         raise NotImplementedError(
-            f"healing refits {name}, but that is a {type(module).__name__} on {module.weight.device}, and only a plain "
-            "Linear in memory can be refitted; use heal=False"
+            f"healing refits {name} of layer {layer}, but that is a {type(module).__name__} on {module.weight.device}, "
+            "and only a plain Linear in memory can be refitted; use heal=False"
         )
+    return module

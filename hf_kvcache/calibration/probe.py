@@ -83,7 +83,7 @@ class ModelProbe:
         self._texts, self._pair_judge = texts, None
         self._traces.clear()
         with self.attached():
-            self._batch = self.batch(self.tokens(samples, length))
+            self._batch = self.batch(token_windows(texts, self.model, self.tokenizer, samples, length))
             self._untouched = self._run(self.full.sharing, [self._batch.hidden], {})
 
     @torch.no_grad()
@@ -126,8 +126,8 @@ class ModelProbe:
         return self._untouched
 
     def tokens(self, samples: int, length: int) -> Tensor:
-        """Calibration windows as token ids `[samples, length]`."""
-        return token_windows(self._texts, self.model, self.tokenizer, samples, length)
+        """Calibration windows as token ids `[samples, length]`, fewer and shorter where the texts are short."""
+        return token_windows(self._texts, self.model, self.tokenizer, samples, length, shrink=True)
 
     def batch(self, ids: Tensor) -> Batch:
         """A batch of windows `[B, T]`, up to the first layer. Must run inside `attached`.

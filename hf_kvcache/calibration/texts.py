@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+# fewer tokens than this determine no regression worth having
+LEAST_TOKENS = 1024
 Calibration: TypeAlias = Sequence[str] | str | Path | Tensor | None
 
 
 def shipped_texts() -> list[str]:
-    """The public-domain sample in the package."""
+    """The sample in the package: public-domain prose, and modern prose, manuals, dialogue and code written for it."""
     folder = files("hf_kvcache") / "data" / "calibration"
     paths = sorted((path for path in folder.iterdir() if path.name.endswith(".txt")), key=lambda path: path.name)
     return [path.read_text(encoding="utf-8") for path in paths]
 
 
-def token_windows(calibration: Calibration, model: nn.Module, tokenizer: Any, samples: int, length: int) -> Tensor:
+def token_windows(
+    calibration: Calibration, model: nn.Module, tokenizer: Any, samples: int, length: int, shrink: bool = False
+) -> Tensor:
     """Cuts calibration texts into `[samples, length]` token ids, spread evenly over all of them.
 
     Args:
@@ -29,6 +33,7 @@ def token_windows(calibration: Calibration, model: nn.Module, tokenizer: Any, sa
         model: whose tokenizer is looked for when `tokenizer` is None.
         tokenizer: turns text into ids.
         samples, length: how many windows of how many tokens.
+        shrink: take fewer and shorter windows where the texts are short, rather than refuse them.
     """
     if isinstance(calibration, Tensor):
         streams = [row.flatten() for row in calibration.reshape(-1, calibration.shape[-1]).long()]
@@ -36,10 +41,14 @@ def token_windows(calibration: Calibration, model: nn.Module, tokenizer: Any, sa
         tokenizer = tokenizer or find_tokenizer(model)
         texts = _read(calibration)
         streams = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]).long() for text in texts]
+    if shrink:
+        length = min(length, max(map(len, streams), default=0))
     windows = torch.cat(
         [torch.empty(0, length, dtype=torch.long)]
         + [stream[: len(stream) // length * length].view(-1, length) for stream in streams]
     )
+    if shrink and len(windows) * length >= LEAST_TOKENS:
+        samples = min(samples, len(windows))
     if len(windows) < samples:
         total = sum(len(stream) for stream in streams)
         raise ValueError(
