@@ -116,7 +116,7 @@ def test_threshold_outside_its_range(model, threshold):
 
 
 def test_unknown_order(model):
-    with refused(ValueError, "order must be one of dissimilar, similar, random", "'diss'", model=model):
+    with refused(ValueError, "order must be one of kl, dissimilar, similar, random", "'diss'", model=model):
         patch_model(model, "kvsharer", order="diss")
 
 

@@ -62,7 +62,7 @@ def test_empty_cache_round_trips(tmp_path):
 def test_cache_of_another_model_is_refused(tmp_path):
     model, other = patch_model(tiny_model("llama")), patch_model(tiny_model("llama", seed=1))
     filled_cache(model, random_ids()).save(tmp_path / "cache.safetensors")
-    with pytest.raises(ValueError, match="is a cache of the model .* this one is"):
+    with pytest.raises(ValueError, match=r"is a cache of the model .* this one is"):
         load_cache(other, tmp_path / "cache.safetensors")
 
 
@@ -70,7 +70,7 @@ def test_cache_of_another_plan_is_refused(tmp_path):
     model = patch_model(tiny_model("llama"), METHODS["kvsharer"])
     filled_cache(model, random_ids()).save(tmp_path / "cache.safetensors")
     patch_model(model)
-    with pytest.raises(ValueError, match="source_layers .* patch it with the same plan"):
+    with pytest.raises(ValueError, match=r"source_layers .* patch it with the same plan"):
         load_cache(model, tmp_path / "cache.safetensors")
 
 

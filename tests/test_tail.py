@@ -51,15 +51,15 @@ def test_old_tokens_are_moved_a_bounded_number_of_times():
         tail.append(*tokens(1, step))
         if tail.key.data_ptr() != place:
             moved, place = moved + before, tail.key.data_ptr()
-    # growing by a quarter moves a token 1 / (1 - 1 / 1.25) = 5 times at most
-    assert moved <= 5 * 4000
-    assert tail.capacity <= 1.25 * 4000 + MIN_GROWTH
+    # growing by an eighth moves a token 1 / (1 - 1 / 1.125) = 9 times at most
+    assert moved <= 9 * 4000
+    assert tail.capacity <= 1.125 * 4000 + MIN_GROWTH
 
 
 def test_unused_room_is_bounded():
     for count in (1, 10, 100, 1000):
         tail, _, _ = filled(count)
-        assert tail.capacity - count <= max(MIN_GROWTH, count / 4)
+        assert tail.capacity - count <= max(MIN_GROWTH, count / 8)
 
 
 def test_reserved_room_is_taken_at_once_and_exactly():

@@ -155,9 +155,8 @@ class PairJudge:
         ids = probe.tokens(PAIR_SAMPLES, PAIR_LENGTH)
         held_out = torch.arange(len(ids)) % 4 == 3
         self.fitted, self.judged = self._trace(ids[~held_out]), self._trace(ids[held_out])
-        self.head = probe.model.get_output_embeddings()
-        if self.head is None:
-            raise ValueError("order='kl' needs a model with a language-model head; patch the causal language model")
+        # a decoder without a head is read out by its embeddings, as a model with tied weights is
+        self.readout = (probe.model.get_output_embeddings() or probe.model.get_input_embeddings()).weight
         self.full = [self._log_probs(row) for row in probe.norm(self.judged.final)]
 
     def divergence(self, consumer: int, source: int) -> float:
@@ -187,8 +186,8 @@ class PairJudge:
         return UntouchedRun(batch, inputs, context.kv, hidden)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        # the head's plain logits: a family's scaling or cap of them moves all pairs' divergences alike
-        return self.head(hidden).float().log_softmax(-1)
+        # plain logits: a family's scaling or cap of them moves all pairs' divergences alike
+        return nn.functional.linear(hidden, self.readout).float().log_softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -142,18 +142,20 @@ def search(
         pairs: (consumer, source) in the order to try.
         count: C, the number of layers that are to share.
         threshold: T.
-        chains: whether a source may give up its own KV, as in the paper; its consumers then read what it reads.
+        chains: whether a source may give up its own KV from the start, as in the paper; its consumers then read what it
+            reads. If not, chains are formed only when nothing else is left.
     """
     identity = SharingPlan.identity(model.num_layers)
     original = model.final_hidden(identity)
     kept: list[tuple[int, int]] = []
     plan = identity
+    passes = (True,) if chains else (False, True)
     with progress("searching layers to share", count) as advance:
-        for consumer, source in pairs:
+        for allow_chain, (consumer, source) in itertools.product(passes, pairs):
             if len(kept) == count:
                 break
             taken, used = {pair[0] for pair in kept}, {pair[1] for pair in kept}
-            if consumer in taken or (not chains and (consumer in used or source in taken)):
+            if consumer in taken or (not allow_chain and (consumer in used or source in taken)):
                 continue
             candidate = SharingPlan.from_pairs(model.num_layers, [*kept, (consumer, source)])
             if mean_cosine(original, model.final_hidden(candidate)) > threshold:

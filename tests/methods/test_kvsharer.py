@@ -24,8 +24,8 @@ def original(family: str = "llama", layers: int = 6):
 
 
 def find_plan(model, **options) -> SharingPlan:
-    """The plan that a search on the calibration tokens finds; leaves the model unpatched."""
-    options = {"calibration": CALIBRATION, "heal": False, **options}
+    """The plan that a search in the published order finds on the calibration tokens; leaves the model unpatched."""
+    options = {"calibration": CALIBRATION, "heal": False, "order": "dissimilar", **options}
     plan = new_cache(patch_model(model, KVSharer(**options))).spec.sharing
     unpatch_model(model)
     return plan
@@ -247,7 +247,8 @@ def test_a_found_plan_can_be_used_again(tmp_path):
     plan = find_plan(model, share=0.5, threshold=-1.0)
     plan.save(tmp_path / "plan.safetensors")
     ids = random_ids(length=12)
-    found = greedy(patch_model(model, KVSharer(calibration=CALIBRATION, share=0.5, threshold=-1.0, heal=False)), ids)
+    method = KVSharer(calibration=CALIBRATION, share=0.5, threshold=-1.0, order="dissimilar", heal=False)
+    found = greedy(patch_model(model, method), ids)
     assert torch.equal(greedy(patch_model(model, KVSharer(plan=tmp_path / "plan.safetensors")), ids), found)
 
 
@@ -256,6 +257,47 @@ def test_a_decoder_gives_the_plan_of_its_language_model():
     expected = find_plan(model, share=0.5, threshold=-1.0)
     plan = find_plan(model.model, share=0.5, threshold=-1.0)
     assert plan.source_layers == expected.source_layers and plan.fingerprint == expected.fingerprint
+
+
+# the KL order
+
+
+class Scored:
+    """A model of which only the healed divergence of its pairs is known."""
+
+    num_layers, fingerprint = 6, ""
+    sliding_windows = (None,) * 6
+
+    def __init__(self, divergence):
+        self.divergence, self.asked = divergence, []
+
+    def healed_divergence(self, consumer, source):
+        self.asked.append((consumer, source))
+        return self.divergence[consumer, source]
+
+
+def test_kl_order_tries_near_pairs_least_divergence_first():
+    divergence = {(i, j): float((7 * i + 3 * j) % 11) for i in range(6) for j in range(i)}
+    model = Scored(divergence)
+    pairs = KVSharer(order="kl").ordered_pairs(model)
+    near = [(1, 0), (2, 1), (2, 0), (3, 2), (3, 1), (4, 3), (4, 2), (5, 4), (5, 3)]
+    assert sorted(model.asked) == sorted(near)
+    assert pairs == sorted(near, key=divergence.__getitem__)
+
+
+def test_kl_order_makes_chains_only_when_nothing_else_is_left():
+    model = original()
+    few = find_plan(model, order="kl", share=1 / 3, threshold=-1.0)
+    assert len(few.consumers) == 2
+    # no pair was kept whose source another kept pair had replaced: sources are near neighbours
+    assert all(consumer - few.source_layers[consumer] <= 2 for consumer in few.consumers)
+    many = find_plan(model, order="kl", share=5 / 6, threshold=-1.0)
+    assert many.source_layers == (0,) * 6
+    assert find_plan(model, order="kl", share=1 / 3, threshold=-1.0).source_layers == few.source_layers
+
+
+def test_kl_order_is_the_default():
+    assert KVSharer().order == "kl"
 
 
 # calibration texts
