@@ -118,8 +118,8 @@ class KVCacheLayer(CacheLayerMixin):
         self.prompt_length = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens (transformers counts them as a negative number)."""
-        remove = min(check_crop(tokens_to_remove), self.seen)
+        """Forgets the last tokens: `-tokens_to_remove` of them, or all but `tokens_to_remove` when that is positive."""
+        remove = removed_by(tokens_to_remove, self.seen)
         self.seen -= remove
         from_tail = min(remove, self.tail.length)
         self.tail.crop(from_tail)
@@ -259,7 +259,7 @@ class SlidingLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens, and what was recorded beyond the window."""
-        remove = min(check_crop(tokens_to_remove), self.seen)
+        remove = removed_by(tokens_to_remove, self.seen)
         if not self.is_initialized:
             return
         rest, needed = self.keys.shape[2] - remove, min(self.seen - remove, self.sliding_window - 1)
@@ -375,11 +375,9 @@ def entry_of(key_states: Tensor) -> tuple[int, int, int]:
     return key_states.shape[1], key_states.shape[3], key_states.element_size()
 
 
-def check_crop(tokens_to_remove: int) -> int:
-    """The number of tokens to remove from transformers' negative count of them."""
-    if tokens_to_remove > 0:
-        raise ValueError(
-            f"crop takes the number of tokens to remove as a negative integer, got {tokens_to_remove}; "
-            "to keep n tokens pass n - cache.get_seq_length()"
-        )
-    return -tokens_to_remove
+def removed_by(crop: int, seen: int) -> int:
+    """How many of the `seen` tokens `Cache.crop(crop)` removes.
+
+    transformers counts the tokens to remove as a negative number; 5.14 also passes the number to keep, a positive one.
+    """
+    return max(seen - crop, 0) if crop > 0 else min(-crop, seen)

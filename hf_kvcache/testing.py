@@ -81,7 +81,9 @@ def tiny_model(family: str, seed: int = 0, **config_overrides: Any) -> PreTraine
         >>> tiny_model("gemma2", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     """
     config = AutoConfig.for_model(family, **{**_SIZES, **_OF_FAMILY.get(family, {}), **config_overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # before 5.15 transformers gives gemma2 an attention that leaves out its soft cap
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     _draw_weights(model, seed)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, PAD
     return model.eval()

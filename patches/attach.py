@@ -25,6 +25,10 @@ from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
 
+# values of cache_implementation that ask for nothing we lack: published configurations of models with sliding layers
+# carry "hybrid", and transformers 5.14 sets "dynamic_full" itself for assisted decoding
+UNDEMANDING = (None, "dynamic", "dynamic_full", "hybrid")
+
 
 class HealedProjection(Substitute):
     """A projection with another weight. The state dict keeps the original one."""
@@ -244,8 +248,7 @@ def prepare_cache_for_generation(
 ) -> None:
     """Takes the place of the method of the same name: makes our cache and tells it how long the prompt is."""
     spec = require_attached(model).spec
-    # "hybrid" is not a wish of the user: published configurations of models with sliding layers carry it
-    if generation_config.cache_implementation not in (None, "dynamic", "hybrid"):
+    if generation_config.cache_implementation not in UNDEMANDING:
         raise ValueError(
             f"this model is patched and makes its own cache, but cache_implementation="
             f"{generation_config.cache_implementation!r} asks for another; leave it out, or unpatch_model first"

@@ -5,6 +5,8 @@ from functools import cache as memoize
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import PreTrainedTokenizerFast, pipeline
 
 from hf_kvcache import KVCache, KVSharer, Offload, SharingPlan, new_cache, patch_model, unpatch_model
@@ -21,6 +23,9 @@ from hf_kvcache.testing import (
     sharing_maps,
     tiny_model,
 )
+
+# seen with 5.14 and 5.17; gone in 5.20
+OLD = Version(transformers.__version__) < Version("5.20")
 
 FAMILIES = ("llama", "mistral", "gemma2", "phi3")
 METHODS = ("none", "shared")
@@ -172,13 +177,21 @@ def test_prompt_lookup_is_greedy(family, method):
         assert torch.equal(greedy(model, ids, tokens=24, prompt_lookup_num_tokens=drafts), expected)
 
 
+def skip_if_upstream_fails(assistant):
+    """transformers 5.17 cannot use an assistant with sliding layers, with or without a patch."""
+    if OLD and any(sliding_windows(assistant)):
+        pytest.skip("this release of transformers has no assistants with sliding layers")
+
+
 @every_family
 @every_method
 @pytest.mark.parametrize("assistant_method", ["unpatched", "shared"])
 def test_a_small_assistant_does_not_change_the_tokens(family, method, assistant_method):
     model = patched(family, method)
     assistant = tiny_model(family, seed=2)
-    if assistant_method != "unpatched":
+    if assistant_method == "unpatched":
+        skip_if_upstream_fails(assistant)
+    else:
         patch(assistant, assistant_method)
     ids = random_ids(length=14)
     expected = greedy(model, ids, tokens=20)
@@ -193,7 +206,7 @@ def test_an_assistant_with_the_same_weights_does_not_change_the_tokens(family, m
     model = patched(family, method)
     twin = copy.deepcopy(model)
     if not twin_is_patched:
-        unpatch_model(twin)
+        skip_if_upstream_fails(unpatch_model(twin))
     ids = random_ids(length=14)
     expected = greedy(model, ids, tokens=24)
     assert torch.equal(greedy(model, ids, tokens=24, assistant_model=twin), expected)
@@ -251,6 +264,7 @@ def test_a_prompt_of_one_token(family, method):
 
 
 @every_method
+@pytest.mark.skipif(OLD, reason="this release of transformers keeps phi3's cache when its rotary factors change")
 def test_phi3_may_start_its_cache_anew(method):
     """Where its rotary factors change, phi3 drops the cache and brings the whole text again."""
     factors = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [3.0] * 4, "short_factor": [1.0] * 4}
@@ -450,12 +464,15 @@ def test_crop_of_a_padded_batch(family, removed):
             torch.testing.assert_close(actual[index], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_crop_takes_a_negative_number():
-    model = patched("llama", "none")
-    cache = model(random_ids(length=10)).past_key_values
-    with pytest.raises(ValueError, match="negative integer, got 4"):
-        cache.crop(4)
-    assert cache.get_seq_length() == 10
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_crop_takes_what_to_remove_or_what_to_keep(family):
+    """Newer releases of transformers pass the first, a negative number; 5.14 at times the second, a positive one."""
+    removed, kept = (patched(family, "none")(random_ids(length=6)).past_key_values for _ in range(2))
+    removed.crop(-2)
+    kept.crop(4)
+    assert removed.get_seq_length() == kept.get_seq_length() == 4
+    kept.crop(9)
+    assert kept.get_seq_length() == 4
 
 
 @every_family
