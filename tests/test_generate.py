@@ -24,7 +24,7 @@ from hf_kvcache.testing import (
     tiny_model,
 )
 
-# seen with 5.14 and 5.17; gone in 5.20
+# seen with 5.14 and 5.17, not with 5.23
 OLD = Version(transformers.__version__) < Version("5.20")
 
 FAMILIES = ("llama", "mistral", "gemma2", "phi3")
