@@ -11,7 +11,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
     # a source checkout on a file system without symbolic links
     __path__.append(_root)
 
-from hf_kvcache.api import find_plan, is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
+from hf_kvcache.api import find_plan, find_plans, is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
 from hf_kvcache.cache import KVCache  # noqa: E402
 from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
@@ -30,6 +30,7 @@ __all__ = [
     "Offload",
     "SharingPlan",
     "find_plan",
+    "find_plans",
     "is_patched",
     "load_cache",
     "new_cache",

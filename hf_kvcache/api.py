@@ -53,8 +53,10 @@ def patch_model(
     methods = resolve(method, options)
     old = detach(target)
     try:
-        probe = _probe(target, tokenizer)
-        spec = reduce(lambda spec, method: method.apply(spec, probe), methods, probe.full)
+        # fits need gradients, which tensors made in inference mode cannot have
+        with torch.inference_mode(False):
+            probe = _probe(target, tokenizer)
+            spec = reduce(lambda spec, method: method.apply(spec, probe), methods, probe.full)
         check_fit(spec)
         attach(target, probe.adapter, spec)
     except BaseException:
@@ -72,10 +74,17 @@ def find_plan(model: nn.Module, method: KVSharer, *, tokenizer: Any = None) -> S
         >>> plan.save("plan.safetensors")
         >>> patch_model(model, "kvsharer", plan="plan.safetensors")
     """
+    return find_plans(model, [method], tokenizer=tokenizer)[0]
+
+
+def find_plans(model: nn.Module, methods: Sequence[KVSharer], *, tokenizer: Any = None) -> list[SharingPlan]:
+    """`find_plan` for several settings at once; what their searches have in common is measured once."""
     target = _base_model(model)
     if attached(target) is not None:
         raise ValueError("a plan is searched on the untouched model, and this one is patched; call unpatch_model first")
-    return method.find_plan(_probe(target, tokenizer))
+    with torch.inference_mode(False):
+        probe = _probe(target, tokenizer)
+        return [method.find_plan(probe) for method in methods]
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -98,7 +107,7 @@ def load_cache(model: nn.Module, path: str | Path) -> KVCache:
     target = _base_model(model)
     cache, adapter = new_cache(target), require_attached(target).adapter
     devices = [_device(adapter.find_attention(target, layer)) for layer in range(cache.spec.num_layers)]
-    return restore_cache(cache, path, devices)
+    return restore_cache(cache, path, devices, target.dtype)
 
 
 def is_patched(model: nn.Module) -> bool:

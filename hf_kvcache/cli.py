@@ -54,7 +54,7 @@ def calibrate_kvsharer(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
     share: Annotated[float, typer.Option(help="Share of the layers that give up their KV.")] = 0.25,
     threshold: Annotated[float, typer.Option(help="Least cosine similarity for a pair to be kept.")] = 0.5,
-    order: Annotated[str, typer.Option(help="Which pairs come first.")] = "dissimilar",
+    order: Annotated[str, typer.Option(help="Which pairs come first; the published rule is 'dissimilar'.")] = "kl",
     heal: Annotated[bool, typer.Option(help="Refit the consumers' projections.")] = True,
     text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
 ) -> None:

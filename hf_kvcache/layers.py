@@ -6,7 +6,6 @@ A layer stands in the place of key and value: `update` returns the layer itself,
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,6 +52,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.copies = 1
         self.entry: tuple[int, int, int] | None = None
         self._fresh: tuple[Tensor, Tensor] | None = None
+        self._fresh_mask: Tensor | None = None
         self.is_initialized = False
 
     def expect(self, prompt_length: int, copies: int) -> None:
@@ -61,6 +61,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
+        self._settle()
         self.is_initialized = True
         self.entry = entry_of(key_states)
         new = key_states.shape[2]
@@ -77,6 +78,7 @@ class KVCacheLayer(CacheLayerMixin):
         """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
         if self._fresh is not None:
             call = call.to(self._fresh[0].device)
+            self._fresh_mask = call.mask
             out = call.dense(*self._fresh)
         else:
             call = call.to(self.tail.key.device)
@@ -101,11 +103,10 @@ class KVCacheLayer(CacheLayerMixin):
     def _finish_forward(self, mask: Tensor | None) -> None:
         """Seals the prompt once it is complete; what came after it in the same forward goes to the tail."""
         if self._fresh is not None:
-            (key, value), self._fresh = self._fresh, None
+            key, value = self._fresh
             prompt = self.prompt_length or self.seen
         elif self.prompt_length and not self.segments and self.seen >= self.prompt_length:
             key, value, prompt = self.tail.key, self.tail.value, self.prompt_length
-            self.tail = Tail()
         else:
             return
         # the last query sees every token but padding
@@ -113,12 +114,19 @@ class KVCacheLayer(CacheLayerMixin):
         self.segments = [
             Segment.seal(self.codec, self.store, key[:, :, :prompt], value[:, :, :prompt], valid, self.copies)
         ]
+        self._fresh = self._fresh_mask = self.prompt_length = None
+        self.copies, self.tail = 1, Tail()
         if prompt < self.seen:
             self.tail.append(key[:, :, prompt:].detach(), value[:, :, prompt:].detach())
-        self.prompt_length = None
+
+    def _settle(self) -> None:
+        """Seals a prompt whose forward ended before its last reader: an early exit, or an error on the way."""
+        if self._fresh is not None:
+            self._finish_forward(self._fresh_mask)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens: `-tokens_to_remove` of them, or all but `tokens_to_remove` when that is positive."""
+        self._settle()
         remove = removed_by(tokens_to_remove, self.seen)
         self.seen -= remove
         from_tail = min(remove, self.tail.length)
@@ -135,14 +143,6 @@ class KVCacheLayer(CacheLayerMixin):
         self.segments = [segment.select_rows(rows) for segment in self.segments]
         self.tail.select_rows(rows)
 
-    def move_sealed(self, store: Store) -> None:
-        """Moves the sealed segments to another store."""
-        self.segments = [
-            replace(segment, store=store, held=store.put(segment.store.get(segment.held, segment.device)))
-            for segment in self.segments
-        ]
-        self.store = store
-
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps alive."""
         sealed = [tensor for segment in self.segments for tensor in segment.held.values()]
@@ -150,10 +150,13 @@ class KVCacheLayer(CacheLayerMixin):
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a saved file needs: a JSON-able description and the tensors by name."""
+        self._settle()
         described = {
             "seen": self.seen,
             "segments": [segment.describe() for segment in self.segments],
             "entry": self.entry,
+            "prompt_length": self.prompt_length,
+            "copies": self.copies,
         }
         tensors = {
             f"segments.{index}.{name}": tensor
@@ -170,7 +173,8 @@ class KVCacheLayer(CacheLayerMixin):
         for index, segment in enumerate(described["segments"]):
             prefix = f"segments.{index}."
             payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.segments.append(Segment.restore(segment, payload, self.store, device))
+            self.segments.append(Segment.restore(segment, payload, self.codec, self.store, device))
+        self.prompt_length, self.copies = described["prompt_length"], described["copies"]
         if "tail.key" in tensors:
             self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None

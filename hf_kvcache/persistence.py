@@ -24,6 +24,7 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
         "fingerprint": cache.spec.fingerprint,
         "source_layers": cache.spec.sharing.source_layers,
         "sliding_windows": cache.spec.sliding_windows,
+        "dtype": str(next((tensor.dtype for layer in cache.layers for tensor in layer.tensors()), None)),
         "layers": [description for description, _ in described],
     }
     tensors = {
@@ -34,8 +35,8 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
     safefile.write(path, FORMAT, description, tensors)
 
 
-def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.device]) -> KVCache:
-    """Fills the empty `cache` from a file, layer i on `devices[i]`; raises when it is of another model or plan."""
+def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.device], dtype: torch.dtype) -> KVCache:
+    """Fills the empty `cache` from a file, layer i on `devices[i]`; raises for another model, plan or dtype."""
     description, tensors = safefile.read(path, FORMAT, "make one with KVCache.save")
     spec = cache.spec
     if not matches(description["fingerprint"], spec.fingerprint):
@@ -49,6 +50,10 @@ def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.devi
                 f"{path} was made with {name} {tuple(description[name])}, this model is patched with {own}; "
                 "patch it with the same plan"
             )
+    if description["dtype"] not in (str(dtype), str(None)):
+        raise ValueError(
+            f"{path} is a cache of a model in {description['dtype']}, this one is in {dtype}; use one dtype"
+        )
     for index, (layer, described) in enumerate(zip(cache.layers, description["layers"], strict=True)):
         prefix = f"layers.{index}."
         held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -29,6 +29,7 @@ class Segment:
         lengths: tokens kept, `lengths[row][head]`, of every stored row.
         rows: for every row of the batch the stored row that it reads. Beams and samples of one prompt read one row.
         seen: tokens of the sequence that this segment covers, padding and dropped ones included.
+        padded: for every stored row how many of its last tokens were padding.
         device: of the layer, where attention runs.
     """
 
@@ -38,6 +39,7 @@ class Segment:
     lengths: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
     seen: int
+    padded: tuple[int, ...]
     device: torch.device
 
     @classmethod
@@ -59,10 +61,11 @@ class Segment:
         key, value = key.detach()[::copies], value.detach()[::copies]
         kept = None if valid is None else valid[::copies]
         if kept is None or bool(kept.all()):
-            counts = [tokens] * len(key)
+            counts, padded = [tokens] * len(key), [0] * len(key)
             key, value = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (key, value))
         else:
             counts = kept.sum(-1).tolist()
+            padded = [tokens - 1 - int(row.nonzero().max()) if row.any() else tokens for row in kept]
             key, value = (
                 torch.cat(
                     [row[:, mask].flatten(0, 1) for row, mask in zip(tensor, kept.to(tensor.device), strict=True)]
@@ -76,6 +79,7 @@ class Segment:
             tuple((count,) * heads for count in counts),
             tuple(row // copies for row in range(batch)),
             tokens,
+            tuple(padded),
             key.device,
         )
 
@@ -121,14 +125,15 @@ class Segment:
         key, value = self.codec.decode(payload)
         parts, start = [], 0
         lengths = []
-        for row in self.lengths:
-            lengths.append(tuple(max(count - tokens, 0) for count in row))
+        for row, at_end in zip(self.lengths, self.padded, strict=True):
+            lengths.append(tuple(max(count - max(tokens - at_end, 0), 0) for count in row))
             for count, rest in zip(row, lengths[-1], strict=True):
                 parts.append((start, rest))
                 start += count
         index = torch.cat([torch.arange(start, start + rest, device=key.device) for start, rest in parts])
         held = self.store.put(self.codec.encode(key[index], value[index]))
-        return replace(self, held=held, lengths=tuple(lengths), seen=self.seen - tokens)
+        padded = tuple(max(at_end - tokens, 0) for at_end in self.padded)
+        return replace(self, held=held, lengths=tuple(lengths), seen=self.seen - tokens, padded=padded)
 
     def dense(self) -> list[list[tuple[Tensor, Tensor]]]:
         """The kept keys and values, decoded: `[stored row][head] -> (key [T, D], value [T, D])`."""
@@ -147,15 +152,25 @@ class Segment:
             "lengths": self.lengths,
             "rows": self.rows,
             "seen": self.seen,
+            "padded": self.padded,
         }
 
     @classmethod
-    def restore(cls, described: dict[str, Any], payload: Payload, store: Store, device: torch.device) -> Segment:
-        """The inverse of `describe`, with the tensors that the segment held."""
-        codec = CODECS[described["codec"]["name"]](**described["codec"]["options"])
+    def restore(
+        cls, described: dict[str, Any], payload: Payload, own: Codec, store: Store, device: torch.device
+    ) -> Segment:
+        """The inverse of `describe`, with the tensors held; `own` is the codec of the patched model."""
+        name, options = described["codec"]["name"], described["codec"]["options"]
+        if name != own.name and name not in CODECS:
+            raise ValueError(
+                f"the cache was saved with the codec {name!r}, expected {own.name!r} or one of {', '.join(CODECS)}; "
+                "patch the model with the method that made it"
+            )
+        codec = (type(own) if name == own.name else CODECS[name])(**options)
         lengths = tuple(tuple(row) for row in described["lengths"])
         held = store.put({name: tensor.to(device) for name, tensor in payload.items()})
-        return cls(codec, store, held, lengths, tuple(described["rows"]), described["seen"], device)
+        rows, padded = tuple(described["rows"]), tuple(described["padded"])
+        return cls(codec, store, held, lengths, rows, described["seen"], padded, device)
 
     def __deepcopy__(self, memo) -> Segment:
         return self

@@ -77,9 +77,9 @@ class Attachment:
         for parent, attribute, substitute in substitutes:
             self.originals.append((parent, attribute, substitute.original))
             setattr(parent, attribute, substitute)
-            if isinstance(substitute, NoProjection):
-                # an unused parameter that asks for a gradient stops distributed training
-                self.frozen += [parameter for parameter in substitute.parameters() if parameter.requires_grad]
+            # an unused weight that asks for a gradient stops distributed training; a bias may still be in use
+            unused = substitute.parameters() if isinstance(substitute, NoProjection) else [substitute.original.weight]
+            self.frozen += [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name), with_kwargs=True)
@@ -196,7 +196,8 @@ class BeforeDecoder:
         if cache is None and use_cache and not checkpointing:
             cache = kwargs["past_key_values"] = KVCache(self.spec)
         self._check(decoder, kwargs)
-        if cache is None and not self.spec.sharing.is_identity:
+        # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
+        if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
                 raise NotImplementedError(
                     "reentrant gradient checkpointing gives wrong gradients when layers share KV; "

@@ -44,7 +44,7 @@ def ragged(lengths: list[list[int]]) -> tuple[Segment, list[list[tuple[torch.Ten
     held = DeviceStore().put(DenseCodec().encode(key, value))
     counts = tuple(tuple(row) for row in lengths)
     rows = tuple(range(len(lengths)))
-    return Segment(DenseCodec(), DeviceStore(), held, counts, rows, TOKENS, key.device), parts
+    return Segment(DenseCodec(), DeviceStore(), held, counts, rows, TOKENS, (0,) * len(lengths), key.device), parts
 
 
 def oracle(query, parts, rows, scale=0.3, softcap=0.0):

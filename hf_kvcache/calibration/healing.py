@@ -1,6 +1,6 @@
 """Healing of a sharing plan: refits the query and output projections of every consumer to the untouched model.
 
-A consumer attends over keys and values that were made for another layer. Both fits are convex, go layer after layer, so
+A consumer attends over keys and values that were made for another layer. Both fits go layer after layer, so
 that each sees what the layers healed before it produce, and cost nothing at run time:
 
 1. Its queries are refitted to the foreign keys, so that it attends where it used to (`calibration.query_fit`).
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # windows of several lengths, since a head that is healed on short texts alone errs on long ones
 WINDOWS = ((4, 1024), (8, 512), (16, 256), (32, 128))
 STRENGTH = 1e-2
-PAIR_SAMPLES, PAIR_LENGTH = 12, 256
+PAIR_SAMPLES, PAIR_LENGTH = 16, 512
 
 
 def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, int], ...] = WINDOWS) -> SharingPlan:
@@ -146,14 +146,15 @@ class Stream:
 class PairJudge:
     """Scores single pairs of layers by the divergence that is left after healing the consumer's output projection.
 
-    The projection is fitted on three quarters of the calibration windows and judged on the others, so that a pair is
-    not rewarded for what it can only memorise.
+    The projection is fitted on four fifths of the calibration windows and judged on the others, so that a pair is not
+    rewarded for what it can only memorise.
     """
 
     def __init__(self, probe: ModelProbe) -> None:
         self.probe = probe
         ids = probe.tokens(PAIR_SAMPLES, PAIR_LENGTH)
-        held_out = torch.arange(len(ids)) % 4 == 3
+        every = min(5, len(ids))
+        held_out = torch.arange(len(ids)) % every == every - 1
         self.fitted, self.judged = self._trace(ids[~held_out]), self._trace(ids[held_out])
         # a decoder without a head is read out by its embeddings, as a model with tied weights is
         self.readout = (probe.model.get_output_embeddings() or probe.model.get_input_embeddings()).weight
@@ -186,7 +187,7 @@ class PairJudge:
         return UntouchedRun(batch, inputs, context.kv, hidden)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        # plain logits: a family's scaling or cap of them moves all pairs' divergences alike
+        # plain logits, an approximation where a family scales or caps them: only the order of the pairs matters
         return nn.functional.linear(hidden, self.readout).float().log_softmax(-1)
 
 

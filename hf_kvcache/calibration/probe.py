@@ -76,11 +76,14 @@ class ModelProbe:
         self._traces: deque[Trace] = deque(maxlen=KEPT_TRACES)
         self._untouched: Trace | None = None
         self._pair_judge: PairJudge | None = None
+        self._divergences: dict[tuple[int, int], float] = {}
 
     @torch.no_grad()
     def use_texts(self, texts: Calibration, samples: int, length: int) -> None:
         """Sets the calibration texts and runs the untouched model on `samples` windows of `length` tokens of them."""
-        self._texts, self._pair_judge = texts, None
+        if texts is not self._texts:
+            self._pair_judge, self._divergences = None, {}
+        self._texts = texts
         self._traces.clear()
         with self.attached():
             self._batch = self.batch(token_windows(texts, self.model, self.tokenizer, samples, length))
@@ -107,11 +110,11 @@ class ModelProbe:
     @torch.no_grad()
     def healed_divergence(self, consumer: int, source: int) -> float:
         """KL(untouched || shared and healed) when only this pair of layers shares (see `calibration.healing`)."""
-        if self._pair_judge is None:
+        if (consumer, source) not in self._divergences:
             with self.attached():
-                self._pair_judge = PairJudge(self)
-        with self.attached():
-            return self._pair_judge.divergence(consumer, source)
+                self._pair_judge = self._pair_judge or PairJudge(self)
+                self._divergences[consumer, source] = self._pair_judge.divergence(consumer, source)
+        return self._divergences[consumer, source]
 
     @torch.no_grad()
     def heal(self, plan: SharingPlan) -> SharingPlan:
@@ -169,14 +172,15 @@ class ModelProbe:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Our attention function on the model, in evaluation mode, for the time of a run."""
-        training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         attach(self.model, self.adapter, self.full)
         self.model.eval()
         try:
             yield
         finally:
             detach(self.model)
-            self.model.train(training)
+            for module in training:
+                module.training = True
 
     def _run(self, plan: SharingPlan, inputs: list[Tensor], kv: dict[int, tuple[Tensor, Tensor]]) -> Trace:
         """Runs the layers under `plan` from the last of the given `inputs` on, with the KV of the layers before it."""

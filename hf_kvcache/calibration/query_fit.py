@@ -3,7 +3,7 @@
 Let p_t be the attention weights of the untouched layer for query t, and z_t(W) the scores of the refitted query against
 the shared keys. W minimises
 
-    mean over t and heads of  KL(p_t || softmax(z_t(W)))  +  strength * ||(W - W0) L||^2,
+    mean over t and heads of  KL(p_t || softmax(z_t(W)))  +  strength / rows(W) * ||(W - W0) L||^2,
 
 L L^T being the covariance of the layer's inputs: a multinomial logistic regression, convex in W (where the family does
 not normalise its queries), solved by L-BFGS from the old weights in the coordinates V = W L, in which the inputs are
@@ -109,6 +109,7 @@ def query_with(attention: nn.Module, name: str, weight: Tensor, example: Attenti
 def scores(call: AttentionCall, query: Tensor, key: Tensor, rows: Tensor) -> Tensor:
     """Masked attention scores of some queries, `[B, H_q, rows, T]`, in float32."""
     batch, heads, length, dim = query.shape
+    key, rows = key.to(query.device), rows.to(query.device)
     folded = query[:, :, rows].reshape(batch, key.shape[1], -1, dim)
     result = (folded.float() @ key.float().transpose(-1, -2)).view(batch, heads, len(rows), -1) * call.scale
     if call.softcap:

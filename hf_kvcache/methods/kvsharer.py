@@ -11,12 +11,15 @@ Algorithm 1 of the paper, in its order:
 5. Stop when C layers share. A chain of pairs resolves to the layer that owns its KV; layer 0 is never replaced.
 
 `order="kl"`, the default, is not the paper's: steps 1 to 3 are replaced by trying neighbouring layers and sorting their
-pairs by the divergence from the untouched model that is left after healing. It is far better on every model that we
-measured (examples/benchmarks/results/kvsharer_healing.csv).
+pairs by the divergence from the untouched model that is left after healing, and chains are made only when nothing else
+is left. On SmolLM2-135M it is better (examples/benchmarks/results/kvsharer_healing.csv), and there the published order
+is worse than its opposite (kvsharer_orders.csv). Steps 2 and 4 are computed as in the reference code: means of norms
+by position, and the mean over texts of cosines.
 
 Different from the reference code: consumers do not compute the keys and values that they would throw away, only layers
-with the same attention window share, a search that ends early says how far it got and keeps what it found, and the
-cache is appended by layer (the reference overwrites the history of upper layers in decoding).
+with the same attention window share, a search that ends early says how far it got and keeps what it found (the paper
+returns None), the texts have no BOS token, and the cache is appended by layer (the reference overwrites the history of
+upper layers in decoding).
 """
 
 from __future__ import annotations

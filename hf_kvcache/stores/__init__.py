@@ -4,6 +4,4 @@ from hf_kvcache.stores.device import DeviceStore
 from hf_kvcache.stores.host import HostStore
 from hf_kvcache.stores.store import Store
 
-STORES = {store.name: store for store in (DeviceStore, HostStore)}
-
-__all__ = ["STORES", "DeviceStore", "HostStore", "Store"]
+__all__ = ["DeviceStore", "HostStore", "Store"]
