@@ -16,7 +16,7 @@ SDPA's `enable_gqa` reads it once per query head.
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu
 
 LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap)"
@@ -84,4 +84,6 @@ def decode_attention(
         >>> out.shape, lse.shape
         (torch.Size([1, 2, 3, 64]), torch.Size([1, 2, 3]))
     """
+    if straight_to_cpu(query):
+        return decode_attention_cpu(query, key, value, mask, scale, softcap)
     return torch.ops.hf_kvcache.decode_attention(query, key, value, mask, scale, softcap)

@@ -6,8 +6,14 @@ Callers always write `torch.ops.hf_kvcache.<op>(...)`; the dispatcher picks the 
 """
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("hf_kvcache", "FRAGMENT")
+
+
+def straight_to_cpu(tensor: Tensor) -> bool:
+    """Whether a call may skip the dispatcher: on short blocks it costs more than the CPU kernel it chooses."""
+    return tensor.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def refuse_gradient(op: str):

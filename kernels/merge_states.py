@@ -11,7 +11,7 @@ Shapes: out `[..., M, D]`, lse `[..., M]` in float32.
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu
 
 LIBRARY.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
 
@@ -34,4 +34,6 @@ torch.library.register_autograd("hf_kvcache::merge_states", refuse_gradient("mer
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Calls the operator. See the module's first lines for formula and shapes."""
+    if straight_to_cpu(out_a):
+        return merge_states_reference(out_a, lse_a, out_b, lse_b)
     return torch.ops.hf_kvcache.merge_states(out_a, lse_a, out_b, lse_b)

@@ -70,7 +70,7 @@ RESTRICTED = {
 # not needed to use the library, or slow to import
 NOT_IMPORTED = ("triton", "lm_eval", "datasets", "matplotlib", "gguf", "typer", "rich")
 
-# processor seconds, so that a busy machine does not count
+# processor seconds, so that other work does not count
 LIMIT = 0.2
 
 # what a user of a transformers model has imported anyway; hf_kvcache is timed on top of it

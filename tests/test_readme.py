@@ -1,0 +1,16 @@
+"""The README's figures are those of the committed results."""
+
+import importlib.util
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_tables_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "examples" / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in ("speed", "healing", "orders"):
+        assert f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text
+    assert tables.filled(text) == text, "run python examples/benchmarks/tables.py"
