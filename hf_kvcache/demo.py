@@ -113,15 +113,16 @@ def generate(model: Any, tokenizer: Any, ids: Any) -> str:
 
 def print_table(rows: list[Row], console: Console) -> None:
     """Prints the rows."""
-    table = Table(*[field.name.replace("_", " ") for field in fields(Row)])
+    table = Table("method", "KV MB", "smaller", "prefill tok/s", "decode tok/s", "KL", "top-1", "ppl")
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(
             row.method,
-            f"{row.kv_bytes:,}",
-            f"{row.times_smaller:.2f}",
+            f"{row.kv_bytes / 1e6:.1f}",
+            f"{row.times_smaller:.2f}x",
             f"{row.prefill_tokens_per_s:.0f}",
             f"{row.decode_tokens_per_s:.1f}",
-            f"{row.kl:.4f}",
+            f"{max(row.kl, 0):.4f}",
             f"{row.top1:.3f}",
             f"{row.perplexity:.2f}",
         )
