@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -113,7 +114,7 @@ def generate(model: Any, tokenizer: Any, ids: Any) -> str:
 
 def print_table(rows: list[Row], console: Console) -> None:
     """Prints the rows."""
-    table = Table("method", "KV MB", "smaller", "prefill tok/s", "decode tok/s", "KL", "top-1", "ppl")
+    table = Table("method", "KV MB", "smaller", "prefill\ntok/s", "decode\ntok/s", "KL", "top-1", "ppl", box=SIMPLE)
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(
