@@ -114,7 +114,18 @@ def generate(model: Any, tokenizer: Any, ids: Any) -> str:
 
 def print_table(rows: list[Row], console: Console) -> None:
     """Prints the rows."""
-    table = Table("method", "KV MB", "smaller", "prefill\ntok/s", "decode\ntok/s", "KL", "top-1", "ppl", box=SIMPLE)
+    table = Table(
+        "method",
+        "KV MB",
+        "smaller",
+        "prefill\ntok/s",
+        "decode\ntok/s",
+        "KL",
+        "top-1",
+        "ppl",
+        box=SIMPLE,
+        padding=(0, 1),
+    )
     table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(
