@@ -126,7 +126,8 @@ def print_table(rows: list[Row], console: Console) -> None:
         box=SIMPLE,
         padding=(0, 1),
     )
-    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.no_wrap = True
     for row in rows:
         table.add_row(
             row.method,
