@@ -113,18 +113,7 @@ def generate(model: Any, tokenizer: Any, ids: Any) -> str:
 
 def print_table(rows: list[Row], console: Console) -> None:
     """Prints the rows."""
-    table = Table(
-        "method",
-        "KV MB",
-        "smaller",
-        "prefill\ntok/s",
-        "decode\ntok/s",
-        "KL",
-        "top-1",
-        "ppl",
-        box=SIMPLE,
-        padding=(0, 1),
-    )
+    table = Table("method", "KV MB", "smaller", "prefill/s", "decode/s", "KL", "top-1", "ppl", box=None)
     for column in table.columns:
         column.no_wrap = True
     for row in rows:
