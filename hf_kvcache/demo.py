@@ -123,9 +123,9 @@ def print_table(rows: list[Row], console: Console) -> None:
             f"{row.times_smaller:.2f}x",
             f"{row.prefill_tokens_per_s:.0f}",
             f"{row.decode_tokens_per_s:.1f}",
-            f"{max(row.kl, 0):.4f}",
-            f"{row.top1:.3f}",
-            f"{row.perplexity:.2f}",
+            f"{max(row.kl, 0):.3f}",
+            f"{row.top1:.2f}",
+            f"{row.perplexity:.1f}",
         )
     console.print(table)
 
