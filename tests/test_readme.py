@@ -13,4 +13,5 @@ def test_tables_are_those_of_the_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in ("speed", "healing", "orders"):
         assert f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text
+    assert all(table in text for table in (tables.speed_table(), tables.healing_table(), tables.orders_table()))
     assert tables.filled(text) == text, "run python examples/benchmarks/tables.py"

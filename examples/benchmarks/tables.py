@@ -73,7 +73,7 @@ def orders_table() -> str:
 def filled(text: str) -> str:
     """The README with its tables renewed."""
     for name, table in (("speed", speed_table()), ("healing", healing_table()), ("orders", orders_table())):
-        text = re.sub(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
     return text
 
 
