@@ -103,6 +103,11 @@ class NoProjection(Substitute):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
 
 
+def replaceable(module: nn.Module) -> bool:
+    """Whether a projection is a plain Linear in memory, whose weight another can stand in for."""
+    return type(module) is nn.Linear and module.weight.device.type != "meta"
+
+
 def out_features(module: nn.Module) -> int:
     """The width of a projection's output."""
     width = getattr(module, "out_features", None)

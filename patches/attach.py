@@ -19,7 +19,7 @@ from torch import nn
 from hf_kvcache.attention import SharingContext, register
 from hf_kvcache.cache import KVCache
 from hf_kvcache.fingerprint import matches
-from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute
+from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.spec import CacheSpec
 
@@ -160,7 +160,7 @@ def heal_projections(decoder: nn.Module, spec: CacheSpec) -> list[tuple[nn.Modul
         parent_path, _, attribute = path.rpartition(".")
         parent = decoder.get_submodule(parent_path)
         original = getattr(parent, attribute)
-        if type(original) is not nn.Linear or original.weight.device.type == "meta":
+        if not replaceable(original):
             raise NotImplementedError(
                 f"the plan heals {path}, but that is a {type(original).__name__} on {original.weight.device}, and only "
                 "a plain Linear in memory can be healed; use heal=False"

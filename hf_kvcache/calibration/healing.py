@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_kvcache.attention import AttentionCall, SharingContext
 from hf_kvcache.calibration.query_fit import AttentionExample, fit_query
+from hf_kvcache.patches.adapter import replaceable
 from hf_kvcache.progress import progress
 from hf_kvcache.sharing import SharingPlan
 
@@ -107,9 +108,9 @@ class Stream:
     def untouched_example(self, layer: int, output: nn.Linear) -> tuple[AttentionCall, Tensor, Tensor]:
         """The untouched layer's attention call, its keys and Y; takes the untouched side past the layer."""
         witness = Witness(self.context.plan)
-        with captured(output) as calls:
+        with captured(output) as outputs:
             self.untouched = self.probe.run_layer(layer, self.untouched, self.batch, witness)
-        wanted = calls[0][1]
+        wanted = outputs[0]
         return *witness.seen, wanted if output.bias is None else wanted - output.bias
 
     def attention_example(self, layer: int, attention: nn.Module, call: AttentionCall, key: Tensor) -> AttentionExample:
@@ -256,12 +257,12 @@ def stopped_at(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 @contextmanager
-def captured(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collects (input, output) of every call of a module."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+def captured(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the output of every call of a module."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        yield calls
+        yield outputs
     finally:
         handle.remove()
 
@@ -280,7 +281,7 @@ def weight_of(module: nn.Module, weight: Tensor) -> Iterator[None]:
 def plain(attention: nn.Module, name: str, layer: int) -> nn.Linear:
     """A projection of an attention module; raises unless it is a plain Linear whose weight can be replaced."""
     module = getattr(attention, name)
-    if type(module) is not nn.Linear or module.weight.device.type == "meta":
+    if not replaceable(module):
         raise NotImplementedError(
             f"healing refits {name} of layer {layer}, but that is a {type(module).__name__} on {module.weight.device}, "
             "and only a plain Linear in memory can be refitted; use heal=False"
