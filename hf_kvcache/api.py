@@ -138,7 +138,8 @@ def _probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
     """What methods may ask of a supported, loaded model."""
     adapter = find_adapter(model)
     require_weights(model)
-    return ModelProbe(model, adapter, CacheSpec.full(sliding_windows(model), fingerprint(model)), tokenizer)
+    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output)
+    return ModelProbe(model, adapter, full, tokenizer)
 
 
 def _device(module: nn.Module) -> torch.device:

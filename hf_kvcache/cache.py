@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Cache
 
-from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer
 from hf_kvcache.persistence import save_cache
 from hf_kvcache.spec import CacheSpec
 
@@ -31,7 +31,7 @@ class KVCache(Cache):
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
-        last_reader = spec.sharing.last_reader
+        last_reader, policy, evicting = spec.sharing.last_reader, spec.eviction, spec.evicting
         layers: list[KVCacheLayer | SlidingLayer | ConsumerLayer] = []
         for layer, (source, window) in enumerate(zip(spec.sharing.source_layers, spec.sliding_windows, strict=True)):
             if source != layer:
@@ -39,7 +39,9 @@ class KVCache(Cache):
             elif window is not None:
                 layers.append(SlidingLayer(window, last_reader[layer]))
             else:
-                layers.append(KVCacheLayer(spec.codec, spec.store, last_reader[layer]))
+                place = evicting.index(layer), len(evicting)
+                settings = LayerSettings(spec.codecs[layer], spec.store, last_reader[layer], policy, place, spec.output)
+                layers.append(KVCacheLayer(settings))
         super().__init__(layers=layers)
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from hf_kvcache.methods import METHODS, Method
+from hf_kvcache.methods import METHODS, Method, SnapKV
 
 MethodLike = str | Method | None
 
@@ -21,7 +21,7 @@ def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]
     Raises:
         ValueError: for an unknown method or option, or an option of a method that is not named.
     """
-    parts = _parts(method)
+    parts = with_host(_parts(method))
     classes = {METHODS[part] for part in parts if isinstance(part, str)}
     valid = {name: [cls for cls in classes if name in option_names(cls)] for name in options}
     for name, owners in valid.items():
@@ -33,6 +33,12 @@ def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]
         else METHODS[part](**{name: value for name, value in options.items() if METHODS[part] in valid[name]})
         for part in parts
     ]
+
+
+def with_host(parts: list[str | Method]) -> list[str | Method]:
+    """Adds SnapKV, with which AdaKV, HeadKV and CriticalKV were published, to them when no scorer is named."""
+    slots = {METHODS[part].slot if isinstance(part, str) else part.slot for part in parts}
+    return [*parts, SnapKV.name] if {"allocator", "selector"} & slots and "scorer" not in slots else parts
 
 
 def option_names(method: type[Method]) -> list[str]:

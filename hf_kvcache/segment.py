@@ -1,13 +1,13 @@
 """`Segment`: an immutable, sealed part of a layer's KV, ragged per (row, KV head).
 
-A segment is written once, by `Segment.seal`, and never changed: copies of a cache share it, beam search only changes
-which batch row reads which stored row, and cropping makes a new one. Padding never enters it, so attention over it
-needs no mask.
+A segment is written once and never changed: copies of a cache share it, beam search only changes which batch row reads
+which stored row, and cropping or evicting makes a new one. Padding and evicted tokens never enter it, so attention over
+it needs no mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs import CODECS, Codec, Payload
+from hf_kvcache.layout import Layout
 from hf_kvcache.stores import Store
+
+# held beside what the codec makes of keys and values: the column of every entry, when there are gaps between them
+POSITIONS = "positions"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,63 +29,99 @@ class Segment:
     Args:
         codec: how the entries are stored.
         store: where they are stored.
-        held: what the store keeps, with entries in the order (stored row, head, token).
-        lengths: tokens kept, `lengths[row][head]`, of every stored row.
+        held: what the store keeps: the codec's payload; `positions` `[N]` when some token was dropped; and further
+            values of every entry `[N]` that eviction carries along.
+        layout: how many tokens every stored (row, head) keeps, and where they lie.
         rows: for every row of the batch the stored row that it reads. Beams and samples of one prompt read one row.
-        seen: tokens of the sequence that this segment covers, padding and dropped ones included.
-        padded: for every stored row how many of its last tokens were padding.
+        start: the column of the first token that this segment covers.
+        seen: tokens of the sequence that it covers, padding and dropped ones included.
         device: of the layer, where attention runs.
     """
 
     codec: Codec
     store: Store
     held: Payload
-    lengths: tuple[tuple[int, ...], ...]
+    layout: Layout
     rows: tuple[int, ...]
+    start: int
     seen: int
-    padded: tuple[int, ...]
     device: torch.device
+
+    @property
+    def lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens kept, `lengths[row][head]`, of every stored row."""
+        return self.layout.lengths
 
     @classmethod
     def seal(
-        cls, codec: Codec, store: Store, key: Tensor, value: Tensor, valid: Tensor | None = None, copies: int = 1
+        cls,
+        codec: Codec,
+        store: Store,
+        key: Tensor,
+        value: Tensor,
+        keep: Tensor | None = None,
+        copies: int = 1,
+        start: int = 0,
+        carried: Mapping[str, Tensor] | None = None,
     ) -> Segment:
         """Encodes key and value `[B, H_kv, T, D]`.
 
         Args:
             codec, store: how and where to keep them.
             key, value: dense keys and values of all rows.
-            valid: `[B, T]`, False for padding, which is left out; None when there is none.
+            keep: `[B, H_kv or 1, T]`, False for what is left out: padding and evicted tokens; None to keep all.
             copies: how many consecutive rows of the batch are copies of one prompt (beams, returned sequences); only
                 the first of them is kept.
+            start: the column of the first token.
+            carried: further values of every entry, `[B, H_kv, T]` by name.
         """
         batch, heads, tokens, _ = key.shape
         if batch % copies:
             raise ValueError(f"the batch must hold {copies} copies of each prompt, but has {batch} rows")
         key, value = key.detach()[::copies], value.detach()[::copies]
-        kept = None if valid is None else valid[::copies]
-        if kept is None or bool(kept.all()):
-            counts, padded = [tokens] * len(key), [0] * len(key)
-            key, value = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (key, value))
+        carried = {name: tensor[::copies] for name, tensor in (carried or {}).items()}
+        keep = None if keep is None else keep[::copies].expand(len(key), heads, tokens)
+        if keep is None or bool(keep.all()):
+            layout = Layout(((tokens,) * heads,) * len(key))
+            held = codec.encode(key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1]))
+            held |= {name: tensor.reshape(-1) for name, tensor in carried.items()}
         else:
-            counts = kept.sum(-1).tolist()
-            padded = [tokens - 1 - int(row.nonzero().max()) if row.any() else tokens for row in kept]
-            key, value = (
-                torch.cat(
-                    [row[:, mask].flatten(0, 1) for row, mask in zip(tensor, kept.to(tensor.device), strict=True)]
-                )
-                for tensor in (key, value)
-            )
-        return cls(
-            codec,
-            store,
-            store.put(codec.encode(key, value)),
-            tuple((count,) * heads for count in counts),
-            tuple(row // copies for row in range(batch)),
-            tokens,
-            tuple(padded),
-            key.device,
-        )
+            layout = Layout.of(keep.sum(-1))
+            kept = keep.flatten().nonzero()[:, 0]
+            kept = kept[layout.order.to(kept.device)].to(key.device)
+            row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
+            held = codec.encode(key[row, head, column], value[row, head, column])
+            held[POSITIONS] = (column + start).to(torch.int32)
+            held |= {name: tensor[row, head, column] for name, tensor in carried.items()}
+        rows = tuple(row // copies for row in range(batch))
+        return cls(codec, store, store.put(held), layout, rows, start, tokens, key.device)
+
+    @classmethod
+    def join(cls, segments: Sequence[Segment], keep: Tensor | None = None) -> Segment:
+        """One segment of several consecutive ones that hold the same stored rows; no entry is encoded anew.
+
+        Args:
+            segments: in the order of the sequence, of one codec and store.
+            keep: `[N]`, the entries to keep, counted through all segments in turn; None for all of them.
+        """
+        first, last = segments[0], segments[-1]
+        gapless = all(POSITIONS not in segment.held for segment in segments) and keep is None
+        run = torch.cat([segment.layout.owners for segment in segments])
+        column = torch.cat([segment.positions().cpu() for segment in segments])
+        chosen = torch.arange(len(run)) if keep is None else keep.cpu().nonzero()[:, 0]
+        lengths = run[chosen].bincount(minlength=len(first.layout.runs))
+        layout = Layout.of(lengths.view(first.layout.rows, first.layout.heads))
+        # runs one after the other, each in the order of the sequence; then as the layout stores them
+        end = last.start + last.seen
+        chosen = chosen[(run[chosen] * end + column[chosen]).argsort()][layout.order]
+        payloads = [segment.payload() for segment in segments]
+        names = set(payloads[0]) if gapless else set(payloads[0]) | {POSITIONS}
+        whole = {
+            name: torch.cat([_entry_value(segment, payload, name) for segment, payload in zip(segments, payloads)])
+            for name in names
+        }
+        held = first.codec.select(whole, chosen.to(first.device))
+        return replace(first, held=first.store.put(held), layout=layout, seen=end - first.start)
 
     def attend(self, query: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
         """Partial attention of query `[B, H_kv, M, D]`, the group folded into M, over all kept tokens.
@@ -89,59 +129,83 @@ class Segment:
         Returns:
             out `[B, H_kv, M, D]` and lse `[B, H_kv, M]`; a row without tokens has out 0 and lse -inf.
         """
-        payload = self.store.get(self.held, self.device)
-        copies = self._regular_copies()
-        if copies == 1:
-            return self.codec.attend(payload, 0, self._shape(), query, scale, softcap)
-        if copies:
-            # the rows of one prompt read its keys once: they become further rows of the query
-            batch, heads, length, dim = query.shape
-            folded = query.view(batch // copies, copies, heads, length, dim).transpose(1, 2).flatten(2, 3)
-            out, lse = self.codec.attend(payload, 0, self._shape(), folded, scale, softcap)
-            out = out.view(-1, heads, copies, length, dim).transpose(1, 2).reshape(batch, heads, length, dim)
-            return out, lse.view(-1, heads, copies, length).transpose(1, 2).reshape(batch, heads, length)
-        out, lse = torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
-        for start, (stored, heads, tokens) in self._blocks():
-            readers = [row for row, source in enumerate(self.rows) if source == stored]
-            if not readers or not tokens:
-                continue
-            part = query[readers, heads].transpose(0, 1).flatten(1, 2).unsqueeze(0)
-            shape = (1, part.shape[1], tokens)
-            part_out, part_lse = self.codec.attend(payload, start, shape, part, scale, softcap)
-            unfolded = (part.shape[1], len(readers), -1)
-            out[readers, heads] = part_out[0].view(*unfolded, query.shape[-1]).transpose(0, 1)
-            lse[readers, heads] = part_lse[0].view(unfolded).transpose(0, 1).to(lse.dtype)
-        return out, lse
+        payload = self.payload()
+
+        def attend_block(start: int, shape: tuple[int, int, int], block_query: Tensor, mask: Tensor | None):
+            return self.codec.attend(payload, start, shape, block_query, scale, softcap, mask)
+
+        if self.rows == tuple(range(self.layout.rows)):
+            return self.layout.attend(attend_block, query)
+        # the batch rows that read one stored row become further rows of its query
+        stored = torch.tensor(self.rows, device=query.device)
+        place = torch.tensor([self.rows[:row].count(source) for row, source in enumerate(self.rows)])
+        readers = int(place.max()) + 1
+        place = place.to(query.device)
+        folded = query.new_zeros(self.layout.rows, readers, *query.shape[1:])
+        folded[stored, place] = query
+        out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3))
+        spread = (readers, query.shape[2])
+        out, lse = out.unflatten(2, spread), lse.unflatten(2, spread)
+        return out[stored, :, place], lse[stored, :, place]
 
     def select_rows(self, rows: list[int]) -> Segment:
         """The segment whose batch row i is this one's row `rows[i]`; no entry is moved or copied."""
         return replace(self, rows=tuple(self.rows[row] for row in rows))
 
+    def expanded(self) -> Segment:
+        """The segment with a stored row of its own for every row of the batch."""
+        if self.rows == tuple(range(self.layout.rows)):
+            return self
+        lengths = tuple(self.layout.lengths[row] for row in self.rows)
+        layout = Layout(lengths)
+        # entries of this segment, run after run, and where each run begins there
+        canonical = self.layout.order.argsort()
+        first = self.layout.runs.cumsum(0) - self.layout.runs
+        source = torch.tensor(self.rows)[:, None] * self.layout.heads + torch.arange(self.layout.heads)
+        index = canonical[first[source.flatten()[layout.owners]] + layout.ranks]
+        held = self.codec.select(self.payload(), index.to(self.device))
+        return replace(self, held=self.store.put(held), layout=layout, rows=tuple(range(len(self.rows))))
+
     def crop(self, tokens: int) -> Segment | None:
-        """The segment without its last `tokens` tokens, None when nothing is left. Its entries are encoded anew."""
+        """The segment without the last `tokens` tokens that it covers, None when nothing is left."""
         if tokens >= self.seen:
             return None
-        payload = self.store.get(self.held, self.device)
-        key, value = self.codec.decode(payload)
-        parts, start = [], 0
-        lengths = []
-        for row, at_end in zip(self.lengths, self.padded, strict=True):
-            lengths.append(tuple(max(count - max(tokens - at_end, 0), 0) for count in row))
-            for count, rest in zip(row, lengths[-1], strict=True):
-                parts.append((start, rest))
-                start += count
-        index = torch.cat([torch.arange(start, start + rest, device=key.device) for start, rest in parts])
-        held = self.store.put(self.codec.encode(key[index], value[index]))
-        padded = tuple(max(at_end - tokens, 0) for at_end in self.padded)
-        return replace(self, held=held, lengths=tuple(lengths), seen=self.seen - tokens, padded=padded)
+        rest = self.seen - tokens
+        joined = Segment.join([self], self.positions() < self.start + rest)
+        return replace(joined, seen=rest)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this segment keeps alive, indices included."""
+        return [*self.held.values(), *self.layout.tensors()]
+
+    def payload(self) -> Payload:
+        """What is held, on the device of the layer."""
+        return self.store.get(self.held, self.device)
+
+    def positions(self) -> Tensor:
+        """The column of every entry in the sequence, `[N]`."""
+        if POSITIONS in self.held:
+            return self.held[POSITIONS].long()
+        return self.layout.ranks.to(self.device) + self.start
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All entries, decoded, as rectangles whose short runs begin late.
+
+        Returns:
+            key and value `[S, H_kv, T_max, D]`, the index `[S, H_kv, T_max]` of the entry in each place, and a mask of
+            that shape, False where there is none.
+        """
+        key, value = self.codec.decode(self.payload())
+        index, valid = (tensor.to(key.device) for tensor in self.layout.padded())
+        return key[index], value[index], index, valid
 
     def dense(self) -> list[list[tuple[Tensor, Tensor]]]:
         """The kept keys and values, decoded: `[stored row][head] -> (key [T, D], value [T, D])`."""
-        key, value = self.codec.decode(self.store.get(self.held, self.device))
-        counts = [count for row in self.lengths for count in row]
-        pairs = list(zip(key.split(counts), value.split(counts), strict=True))
-        heads = len(self.lengths[0])
-        return [pairs[first : first + heads] for first in range(0, len(pairs), heads)]
+        key, value, _, valid = self.padded()
+        return [
+            [(key[row, head][mask], value[row, head][mask]) for head, mask in enumerate(heads)]
+            for row, heads in enumerate(valid)
+        ]
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, as JSON can hold it."""
@@ -149,10 +213,10 @@ class Segment:
         options = {option.name: getattr(codec, option.name) for option in fields(codec)}
         return {
             "codec": {"name": codec.name, "options": options},
-            "lengths": self.lengths,
+            "lengths": self.layout.lengths,
             "rows": self.rows,
+            "start": self.start,
             "seen": self.seen,
-            "padded": self.padded,
         }
 
     @classmethod
@@ -167,32 +231,14 @@ class Segment:
                 "patch the model with the method that made it"
             )
         codec = (type(own) if name == own.name else CODECS[name])(**options)
-        lengths = tuple(tuple(row) for row in described["lengths"])
+        layout = Layout(tuple(tuple(row) for row in described["lengths"]))
         held = store.put({name: tensor.to(device) for name, tensor in payload.items()})
-        rows, padded = tuple(described["rows"]), tuple(described["padded"])
-        return cls(codec, store, held, lengths, rows, described["seen"], padded, device)
+        return cls(codec, store, held, layout, tuple(described["rows"]), described["start"], described["seen"], device)
 
     def __deepcopy__(self, memo) -> Segment:
         return self
 
-    def _shape(self) -> tuple[int, int, int]:
-        return len(self.lengths), len(self.lengths[0]), self.lengths[0][0]
 
-    def _regular_copies(self) -> int:
-        """How many consecutive batch rows read each stored row when all heads are equally long; 0 if irregular."""
-        if self.lengths[0][0] == 0 or len({count for row in self.lengths for count in row}) > 1:
-            return 0
-        copies = len(self.rows) // len(self.lengths)
-        return copies if self.rows == tuple(row // max(copies, 1) for row in range(len(self.rows))) else 0
-
-    def _blocks(self) -> Iterator[tuple[int, tuple[int, slice, int]]]:
-        """The largest blocks of equally long heads of one row, as (first entry, (stored row, heads, tokens))."""
-        start = 0
-        for stored, counts in enumerate(self.lengths):
-            if len(set(counts)) == 1:
-                yield start, (stored, slice(None), counts[0])
-            else:
-                offsets = [start + sum(counts[:head]) for head in range(len(counts))]
-                for head, count in enumerate(counts):
-                    yield offsets[head], (stored, slice(head, head + 1), count)
-            start += sum(counts)
+def _entry_value(segment: Segment, payload: Payload, name: str) -> Tensor:
+    """The tensor `name` of a segment's entries; positions that are not held are counted."""
+    return segment.positions().to(torch.int32) if name == POSITIONS else payload[name]

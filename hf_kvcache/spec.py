@@ -1,8 +1,9 @@
 """`CacheSpec`: the frozen description of a cache, which methods fold over.
 
-A cache is a stack of layers, and each layer is independent choices: which layers store KV (`sharing`), how an entry is
-stored (`codec`) and where it is stored (`store`). A method fills one of these slots; two methods that fill the same
-slot contradict each other, and the error names both.
+A cache is a stack of layers, and each layer is independent choices: which layers store KV (`sharing`), which tokens are
+kept (`scorer`, `allocator`, `selector`, under one `budget`), how an entry is stored (`codec`) and where it is stored
+(`store`). A method fills one of these slots; two methods that fill the same slot contradict each other, and the error
+names both.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_kvcache.codecs import Codec, DenseCodec
+from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK, Uniform
+from hf_kvcache.eviction.policy import DEFAULT_BUDGET
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.stores import DeviceStore, Store
 
-SLOTS = ("sharing", "codec", "store")
+# slot -> the field that holds it
+SLOTS = {
+    "sharing": "sharing",
+    "scorer": "scorer",
+    "allocator": "allocator",
+    "selector": "selector",
+    "codec": "codecs",
+    "store": "store",
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,12 @@ class CacheSpec:
     Args:
         sliding_windows: for every layer of the model the size of its attention window, None for full attention.
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
+        output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.
-        codec: how a sealed entry is stored.
+        scorer, allocator, selector: which tokens are kept; no scorer keeps all.
+        budget: how many (see `EvictionPolicy`); None for the default.
+        every: after how many generated tokens to evict again; None for never.
+        codecs: for every layer how a sealed entry is stored.
         store: where it is stored.
         filled_by: for every slot that a method filled, the name of that method.
     """
@@ -34,14 +49,21 @@ class CacheSpec:
     sliding_windows: tuple[int | None, ...]
     fingerprint: str
     sharing: SharingPlan
-    codec: Codec = DenseCodec()  # noqa: RUF009 - a frozen value
+    codecs: tuple[Codec, ...]
+    output: str = "o_proj"
+    scorer: Scorer | None = None
+    allocator: Allocator = Uniform()  # noqa: RUF009 - a frozen value
+    selector: Selector = TopK()  # noqa: RUF009 - a frozen value
+    budget: int | float | None = None
+    every: int | None = None
     store: Store = DeviceStore()  # noqa: RUF009 - a frozen value
     filled_by: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def full(cls, sliding_windows: tuple[int | None, ...], fingerprint: str = "") -> CacheSpec:
+    def full(cls, sliding_windows: tuple[int | None, ...], fingerprint: str = "", output: str = "o_proj") -> CacheSpec:
         """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`."""
-        return cls(sliding_windows, fingerprint, SharingPlan.identity(len(sliding_windows)))
+        layers = len(sliding_windows)
+        return cls(sliding_windows, fingerprint, SharingPlan.identity(layers), (DenseCodec(),) * layers, output)
 
     @property
     def num_layers(self) -> int:
@@ -55,10 +77,44 @@ class CacheSpec:
             raise ValueError(
                 f"{by!r} sets the slot {slot!r}, but {self.filled_by[slot]!r} already did; use one of them"
             )
-        return replace(self, **{slot: value}, filled_by={**self.filled_by, slot: by})
+        return replace(self, **{SLOTS[slot]: value}, filled_by={**self.filled_by, slot: by})
+
+    def limit(self, budget: int | float | None, every: int | None, by: str) -> CacheSpec:
+        """The spec with the budget and the interval that the method named `by` asks for; None asks for nothing."""
+        wanted: dict[str, Any] = {"budget": budget, "every": every}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        for name, value in wanted.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{by!r} sets {name}={value}, but {self.filled_by.get(name)!r} already set {getattr(self, name)}; "
+                    "give it once"
+                )
+        return replace(self, **wanted, filled_by={**dict.fromkeys(wanted, by), **self.filled_by})
+
+    @property
+    def eviction(self) -> EvictionPolicy | None:
+        """The policy that the eviction slots make, None when every token is kept."""
+        if self.scorer is None:
+            return None
+        budget = DEFAULT_BUDGET if self.budget is None else self.budget
+        return EvictionPolicy(self.scorer, self.allocator, self.selector, budget, self.every)
+
+    @property
+    def evicting(self) -> tuple[int, ...]:
+        """The layers that eviction applies to: producers with full attention."""
+        producers = (layer for layer, source in enumerate(self.sharing.source_layers) if layer == source)
+        return tuple(layer for layer in producers if self.sliding_windows[layer] is None)
 
     def check(self) -> None:
-        """Raises when the sharing plan does not fit the model."""
+        """Raises when the sharing plan does not fit the model, or the eviction slots do not fit each other."""
+        if self.scorer is None and {"allocator", "selector"} & set(self.filled_by):
+            raise ValueError(
+                f"{self.filled_by.get('allocator') or self.filled_by.get('selector')!r} needs a scorer to work on; "
+                "name one, for example snapkv"
+            )
+        if len(self.codecs) != self.num_layers:
+            raise ValueError(f"expected a codec for each of {self.num_layers} layers, got {len(self.codecs)}")
+        _ = self.eviction
         plan = self.sharing
         if plan.num_layers != self.num_layers:
             raise ValueError(

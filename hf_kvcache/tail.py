@@ -50,6 +50,13 @@ class Tail:
         """Forgets the last `tokens` tokens; their memory is written over by the next ones."""
         self.length -= tokens
 
+    def without_first(self, tokens: int) -> Tail:
+        """A new tail of all but the first `tokens` tokens; it keeps no memory of this one alive."""
+        rest = Tail()
+        if tokens < self.length:
+            rest.append(self.key[:, :, tokens:], self.value[:, :, tokens:])
+        return rest
+
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i a copy of the present row `rows[i]`."""
         if self._buffers and rows != list(range(self._buffers[0].shape[0])):

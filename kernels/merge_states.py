@@ -37,3 +37,23 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     if straight_to_cpu(out_a):
         return merge_states_reference(out_a, lse_a, out_b, lse_b)
     return torch.ops.hf_kvcache.merge_states(out_a, lse_a, out_b, lse_b)
+
+
+def merge_partials(out: Tensor, lse: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+    """Joins any number of partial results for each of R owners.
+
+    Args:
+        out: partial results `[P, M, D]`.
+        lse: `[P, M]`, -inf for a part that saw no key.
+        owned: `[R, K]`, for every owner the indices of its parts, -1 for none.
+
+    Returns:
+        out `[R, M, D]` and lse `[R, M]`; an owner without keys has out 0 and lse -inf.
+    """
+    absent = owned < 0
+    parts = lse[owned].masked_fill(absent.unsqueeze(-1), -torch.inf)
+    total = parts.logsumexp(1)
+    # -inf - -inf, where an owner has no keys, is nan
+    weight = (parts - total.unsqueeze(1)).exp().nan_to_num(0.0)
+    merged = torch.einsum("rkm,rkmd->rmd", weight, out[owned].to(weight.dtype))
+    return merged.to(out.dtype), total

@@ -13,7 +13,6 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import DenseCodec
 from hf_kvcache.fingerprint import fingerprint
 from hf_kvcache.spec import CacheSpec
-from hf_kvcache.stores import DeviceStore
 from hf_kvcache.testing import greedy, model_state, random_ids, tiny_model
 
 PLAN = SharingPlan((0, 0, 2, 2))
@@ -386,7 +385,7 @@ def test_the_cache_of_another_plan(shared, model):
     for run in (shared, lambda ids, **kwargs: greedy(shared, ids, **kwargs)):
         with refused(ValueError, "another plan", "new_cache(model)", model=shared):
             run(random_ids(length=8), past_key_values=foreign)
-    deeper = KVCache(CacheSpec((None,) * 5, "", SharingPlan((0, 0, 2, 2, 4)), DenseCodec(), DeviceStore()))
+    deeper = KVCache(CacheSpec((None,) * 5, "", SharingPlan((0, 0, 2, 2, 4)), (DenseCodec(),) * 5))
     with refused(ValueError, "another model", "new_cache(model)", model=shared):
         shared(random_ids(length=8), past_key_values=deeper)
 
@@ -475,7 +474,7 @@ def test_a_report_on_something_else():
 
 def test_the_slot_of_a_method():
     spec = CacheSpec.full((None,) * 4)
-    with refused(ValueError, "slot must be one of sharing, codec, store", "'colour'"):
+    with refused(ValueError, "slot must be one of sharing, scorer, allocator, selector, codec, store", "'colour'"):
         spec.fill("colour", 3, by="painter")
 
 

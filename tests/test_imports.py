@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-AXES = {"sharing", "eviction", "codecs", "stores", "segment", "tail"}
+AXES = {"sharing", "eviction", "codecs", "stores", "segment", "layout", "tail"}
 GROUND = {"kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "patches"}
@@ -34,7 +34,7 @@ LAYERS = {
     "methods": VALUES | {"methods"},
     "resolve": VALUES | {"methods"},
     "attention": VALUES,
-    "layers": VALUES | {"attention"},
+    "layers": VALUES | {"attention", "layers"},
     "persistence": VALUES,
     "cache": VALUES | {"attention", "layers", "persistence"},
     "patches": VALUES | RUNTIME,

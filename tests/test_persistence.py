@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_kvcache import KVSharer, Offload, SharingPlan, load_cache, new_cache, patch_model
-from hf_kvcache.testing import live_bytes, random_ids, tiny_model
+from hf_kvcache.measure import cache_bytes
+from hf_kvcache.testing import random_ids, tiny_model
 
 METHODS = {
     "none": None,
@@ -50,7 +51,7 @@ def test_left_padding_survives(tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     loaded = load_cache(model, tmp_path / "cache.safetensors")
     assert loaded.layers[0].segments[0].lengths == ((14,) * 2, (20,) * 2)
-    assert live_bytes(loaded) == live_bytes(cache)
+    assert cache_bytes(loaded) == cache_bytes(cache)
 
 
 def test_empty_cache_round_trips(tmp_path):

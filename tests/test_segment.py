@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import DenseCodec
+from hf_kvcache.layout import Layout
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import DeviceStore, HostStore
 from hf_kvcache.testing import live_bytes
 
 BATCH, HEADS, TOKENS, DIM = 3, 2, 11, 8
+# bytes that an entry costs besides key and value where tokens were dropped
+POSITION = 4
 STORES = pytest.mark.parametrize("store", [DeviceStore(), HostStore()], ids=lambda store: store.name)
 
 
@@ -28,7 +31,8 @@ def padding(*lengths: int) -> torch.Tensor:
 
 
 def seal(key, value, valid=None, copies=1, store=DeviceStore()) -> Segment:  # noqa: B008 - a frozen value
-    return Segment.seal(DenseCodec(), store, key, value, valid, copies)
+    keep = None if valid is None else valid[:, None]
+    return Segment.seal(DenseCodec(), store, key, value, keep, copies)
 
 
 def ragged(lengths: list[list[int]]) -> tuple[Segment, list[list[tuple[torch.Tensor, torch.Tensor]]]]:
@@ -40,11 +44,11 @@ def ragged(lengths: list[list[int]]) -> tuple[Segment, list[list[tuple[torch.Ten
         ]
         for row, counts in enumerate(lengths)
     ]
-    key, value = (torch.cat([pair[i] for row in parts for pair in row]) for i in (0, 1))
+    layout = Layout(tuple(tuple(row) for row in lengths))
+    key, value = (torch.cat([pair[i] for row in parts for pair in row])[layout.order] for i in (0, 1))
     held = DeviceStore().put(DenseCodec().encode(key, value))
-    counts = tuple(tuple(row) for row in lengths)
     rows = tuple(range(len(lengths)))
-    return Segment(DenseCodec(), DeviceStore(), held, counts, rows, TOKENS, (0,) * len(lengths), key.device), parts
+    return Segment(DenseCodec(), DeviceStore(), held, layout, rows, 0, TOKENS, key.device), parts
 
 
 def oracle(query, parts, rows, scale=0.3, softcap=0.0):
@@ -90,7 +94,7 @@ def test_padding_is_left_out(store, lengths):
     segment = seal(key, value, padding(*lengths), store=store)
     assert segment.lengths == tuple((length,) * HEADS for length in lengths)
     assert segment.seen == TOKENS
-    assert live_bytes(segment.held) == 2 * sum(lengths) * HEADS * DIM * 4
+    assert live_bytes(segment.held) == sum(lengths) * HEADS * (2 * DIM * 4 + POSITION)
     parts = segment.dense()
     for row, length in enumerate(lengths):
         assert all(torch.equal(parts[row][head][0], key[row, head, TOKENS - length :]) for head in range(HEADS))
@@ -118,7 +122,7 @@ def test_copies_of_a_prompt_are_kept_once(valid):
     key, value = (tensor[:2].repeat_interleave(3, 0) for tensor in dense_kv())
     segment = seal(key, value, valid, copies=3)
     assert segment.rows == (0, 0, 0, 1, 1, 1) and len(segment.lengths) == 2
-    assert live_bytes(segment.held) <= 2 * 2 * HEADS * TOKENS * DIM * 4
+    assert live_bytes(segment.held) <= 2 * HEADS * TOKENS * (2 * DIM * 4 + POSITION)
     assert_attends(segment, segment.dense())
 
 
@@ -160,7 +164,17 @@ def test_a_segment_has_no_gradient():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize(
     "lengths",
-    [[[5, 5], [5, 5]], [[5, 5], [3, 3]], [[5, 2], [3, 3]], [[1, 9], [0, 4]], [[0, 0], [2, 7]], [[4, 4]]],
+    [
+        [[5, 5], [5, 5]],
+        [[5, 5], [3, 3]],
+        [[5, 2], [3, 3]],
+        [[1, 9], [0, 4]],
+        [[0, 0], [2, 7]],
+        [[4, 4]],
+        [[300, 45], [17, 1100]],
+        [[64, 32], [16, 128]],
+        [[1, 2000]],
+    ],
     ids=str,
 )
 def test_heads_may_keep_different_numbers_of_tokens(lengths, softcap):
@@ -209,7 +223,8 @@ def test_crop_forgets_the_last_tokens(store, tokens, lengths):
             rest = cropped.lengths[row][head]
             new_key, new_value = cropped.dense()[row][head]
             assert torch.equal(new_key, old_key[:rest]) and torch.equal(new_value, old_value[:rest])
-    assert live_bytes(cropped.held) == 2 * sum(map(sum, cropped.lengths)) * DIM * 4
+    entry = 2 * DIM * 4 + POSITION * ("positions" in cropped.held)
+    assert live_bytes(cropped.held) == sum(map(sum, cropped.lengths)) * entry
     assert segment.seen == TOKENS
     assert_attends(cropped, cropped.dense())
 

@@ -17,6 +17,8 @@ class DenseCodec:
     """Stores key and value unchanged; nothing is lost."""
 
     name: ClassVar[str] = "dense"
+    residual_length: ClassVar[int] = 0
+    block: ClassVar[int] = 0
 
     def encode(self, key: Tensor, value: Tensor) -> Payload:
         return {"key": _own(key), "value": _own(value)}
@@ -24,15 +26,25 @@ class DenseCodec:
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         return payload["key"], payload["value"]
 
+    def select(self, payload: Payload, index: Tensor) -> Payload:
+        return {name: tensor[index] for name, tensor in payload.items()}
+
     def attend(
-        self, payload: Payload, start: int, shape: tuple[int, int, int], query: Tensor, scale: float, softcap: float
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, heads, tokens = shape
         key, value = (
             payload[name][start : start + rows * heads * tokens].view(rows, heads, tokens, -1)
             for name in ("key", "value")
         )
-        return decode_attention(query, key, value, scale=scale, softcap=softcap)
+        return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
 
 
 def _own(tensor: Tensor) -> Tensor:

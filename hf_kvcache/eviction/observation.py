@@ -1,0 +1,129 @@
+"""`Observation`: what an eviction method may look at when it decides which tokens of a layer to keep.
+
+Every query head that reads a KV head is a member of its group; when several layers share the KV of one (KVSharer,
+YOCO), the query heads of all of them are. Methods that average or maximise over the group so serve shared layers
+unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+# scores of at most so many (query, key) pairs are in memory at once
+PAIRS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How one layer read the KV: the part of an observation that differs between layers that share.
+
+    Args:
+        query: its last queries, after RoPE, `[B, H_q, W, D]`; None when the method wants none.
+        output: the module that projects its heads to the residual stream.
+    """
+
+    query: Tensor | None
+    output: nn.Module
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The KV of one layer, and how it was read.
+
+    Args:
+        key, value: `[B, H_kv, T, D]`, keys after RoPE.
+        readings: one for every layer that reads this KV.
+        scale: factor of the attention scores.
+        softcap: their tanh cap, 0 for none.
+        layer: the place of this layer among those that evict, and `num_layers`, how many these are.
+        tokens: of every row, `[B]`, how many were processed so far, dropped ones included.
+        valid: `[B, H_kv, T]`, False where an earlier eviction left no entry; None when all are there.
+        carried: what the scorer remembered of every token, `[B, H_kv, T]` by name (see `Scorer.carried`).
+        rotate: turns vectors `[..., P, D]` before RoPE at positions `[P]` into vectors after it, or back.
+    """
+
+    key: Tensor
+    value: Tensor
+    readings: Sequence[Reading]
+    scale: float
+    softcap: float = 0.0
+    layer: int = 0
+    num_layers: int = 1
+    tokens: int | None = None
+    valid: Tensor | None = None
+    carried: dict[str, Tensor] | None = None
+    rotate: Callable[..., Tensor] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.key.shape[2]
+
+    @cached_property
+    def query(self) -> Tensor:
+        """The last queries of every group, `[B, H_kv, G, W, D]`, in float32."""
+        heads = self.key.shape[1]
+        queries = [reading.query for reading in self.readings if reading.query is not None]
+        if not queries:
+            raise ValueError("this eviction method looks at queries, but none were recorded; set `queries` on it")
+        return torch.cat([query.float().unflatten(1, (heads, -1)) for query in queries], dim=2)
+
+    @cached_property
+    def output(self) -> Tensor:
+        """W_O: what each query head adds to the residual stream, `[H_kv, G, D, hidden]`, in float32."""
+        heads, dim = self.value.shape[1], self.value.shape[3]
+        parts = [
+            output_weight(reading.output, self.value.device).unflatten(0, (heads, -1, dim)) for reading in self.readings
+        ]
+        return torch.cat(parts, dim=1)
+
+    def attention(self, last: int | None = None) -> Tensor:
+        """Causal attention weights of the last queries over all tokens, `[B, H_kv, G, W, T]`, in float32.
+
+        Args:
+            last: how many of the recorded queries to take; None for all.
+        """
+        query = self.query if last is None else self.query[..., -last:, :]
+        return self._weights(query, self.num_tokens - query.shape[3])
+
+    def attention_chunks(self) -> Iterator[Tensor]:
+        """`attention()` in parts along W, so that a long prompt does not need all of it at once."""
+        batch, heads, group, length, _ = self.query.shape
+        step = max(1, PAIRS_AT_ONCE // (batch * heads * group * self.num_tokens))
+        for start in range(0, length, step):
+            yield self._weights(self.query[..., start : start + step, :], self.num_tokens - length + start)
+
+    def _weights(self, query: Tensor, first: int) -> Tensor:
+        """Attention weights of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
+        length = query.shape[3]
+        scores = torch.matmul(query.flatten(2, 3), self.key.float().transpose(-1, -2)).unflatten(2, (-1, length))
+        scores = scores * self.scale
+        if self.softcap:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        lowest = torch.finfo(scores.dtype).min
+        column = torch.arange(self.num_tokens, device=scores.device)
+        future = column > torch.arange(first, first + length, device=scores.device)[:, None]
+        scores.masked_fill_(future, lowest)
+        if self.valid is not None:
+            scores.masked_fill_(~self.valid[:, :, None, None], lowest)
+        return scores.softmax(-1)
+
+
+def output_weight(module: nn.Module, device: torch.device) -> Tensor:
+    """The weight of a linear module as `[in, out]`, in float32.
+
+    A module that is no plain Linear in memory (quantised, adapted, dispatched) is asked for the image of the unit
+    vectors, which costs as much as projecting as many tokens as it has inputs.
+    """
+    weight = module.weight
+    if type(module) is nn.Linear and weight.device.type != "meta":
+        return weight.detach().to(device, torch.float32).T
+    like = next((p for p in module.parameters() if p.is_floating_point() and p.device.type != "meta"), None)
+    dtype, home = (like.dtype, like.device) if like is not None else (torch.float32, device)
+    unit = torch.eye(module.in_features, dtype=dtype, device=home)
+    image = module(unit) - module(torch.zeros_like(unit[:1]))
+    return image.detach().to(device, torch.float32)

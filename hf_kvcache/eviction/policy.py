@@ -1,0 +1,100 @@
+"""`EvictionPolicy`: scorer x allocator x selector under a budget, applied to one layer at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.eviction.observation import Observation
+from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
+
+DEFAULT_BUDGET = 0.5
+
+
+@dataclass(frozen=True)
+class EvictionPolicy:
+    """Which tokens every layer keeps.
+
+    Args:
+        scorer: how much a token matters.
+        allocator: how many tokens each head keeps.
+        selector: which.
+        budget: tokens kept a KV head, protected ones included: an int, or a float share of the tokens there are.
+        every: while decoding, evict again whenever so many tokens have come; None to evict the prompt only.
+    """
+
+    scorer: Scorer
+    allocator: Allocator = field(default_factory=Uniform)
+    selector: Selector = field(default_factory=TopK)
+    budget: int | float = DEFAULT_BUDGET
+    every: int | None = None
+
+    def __post_init__(self):
+        check_budget(self.budget, self.every)
+        protected = self.scorer.window + self.scorer.sinks
+        if isinstance(self.budget, int) and self.budget <= protected:
+            raise ValueError(
+                f"budget={self.budget} must exceed the tokens that {self.scorer.name!r} always keeps: "
+                f"{self.scorer.sinks} first and {self.scorer.window} last; raise it, or lower the window or sinks"
+            )
+        if self.every is not None and not self.scorer.while_decoding:
+            raise ValueError(
+                f"every={self.every} evicts while decoding, which {self.scorer.name!r} is not defined for; "
+                "use a scorer that is (h2o, tova, snapkv, rkv, streamingllm, knorm), or leave every out"
+            )
+
+    def keep(self, observation: Observation) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Decides about all tokens of a layer.
+
+        Returns:
+            A mask `[B, H_kv, T]`, True for what is kept, and what the scorer wants remembered; None when everything is
+            within the budget and nothing has to be remembered.
+        """
+        scorer, valid = self.scorer, observation.valid
+        batch, heads, tokens, _ = observation.key.shape
+        budget = tokens_to_keep(self.budget, observation.tokens or tokens, scorer.window + scorer.sinks)
+        if budget >= tokens and not (self.every and scorer.carried):
+            return None
+        score = scorer.score(observation)
+        if not bool(torch.isfinite(score).all()):
+            raise FloatingPointError(
+                f"{scorer.name!r} gave a score that is not finite in layer {observation.layer} of those that evict; "
+                "nothing was dropped. Keys, values or queries hold NaN or infinity: check the model's dtype"
+            )
+        remembered = scorer.remember(observation, score)
+        column = torch.arange(tokens, device=score.device)
+        if valid is None:
+            limit = torch.full((batch, heads), tokens, device=score.device)
+            rank = column
+        else:
+            limit = valid.sum(-1)
+            rank = valid.cumsum(-1) - 1
+            score = score.masked_fill(~valid, -torch.inf)
+        protected = (rank < scorer.sinks) | (column >= tokens - scorer.window)
+        if valid is not None:
+            protected &= valid
+        score = score.masked_fill(protected, torch.inf)
+        always = min(scorer.sinks + scorer.window, tokens)
+        counts = self.allocator.allocate(score, budget, limit, always, observation)
+        return self.selector.select(score, counts, observation), remembered
+
+
+def tokens_to_keep(budget: int | float, tokens: int, protected: int) -> int:
+    """How many of `tokens` a budget means; a share that is less than what is protected gives way to it."""
+    if isinstance(budget, int):
+        return min(budget, tokens)
+    return min(max(int(budget * tokens), protected), tokens)
+
+
+def check_budget(budget: int | float, every: int | None) -> None:
+    """Raises for a budget that is neither a number of tokens nor a share of them."""
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(f"budget is a number of tokens (int) or a share of them (float), got {budget!r}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"a float budget is a share of the tokens, in (0, 1], got {budget}; for tokens pass an int")
+    if isinstance(budget, int) and budget < 1:
+        raise ValueError(f"an int budget is a number of tokens, at least 1, got {budget}")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"every is a number of tokens, at least 1, or None, got {every!r}")

@@ -1,0 +1,145 @@
+"""The three roles of eviction, and the plain allocator and selector.
+
+A *scorer* says how much a token matters to a KV head, an *allocator* how many tokens each head keeps, a *selector*
+which. The papers compose in this way: SnapKV is a score, AdaKV and HeadKV only change the counts, CriticalKV only
+replaces the top-k step of its host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.eviction.observation import Observation
+
+
+class Scorer(Protocol):
+    """How much every token matters.
+
+    Attributes:
+        name: of the method.
+        window: how many of the last tokens are always kept.
+        sinks: how many of the first tokens are always kept.
+        queries: how many of the last queries `score` looks at; None for all of them, 0 for none.
+        carried: names of values of every token that `score` returns to be remembered with it.
+        while_decoding: whether it can score a set from which tokens are missing already.
+    """
+
+    name: ClassVar[str]
+    carried: ClassVar[tuple[str, ...]]
+    while_decoding: ClassVar[bool]
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def sinks(self) -> int: ...
+
+    @property
+    def queries(self) -> int | None: ...
+
+    def score(self, observation: Observation) -> Tensor:
+        """Returns scores `[B, H_kv, T]`, float32; the higher, the sooner kept."""
+        ...
+
+    def remember(self, observation: Observation, score: Tensor) -> dict[str, Tensor]:
+        """What to carry along with the tokens that are kept, `[B, H_kv, T]` by name."""
+        ...
+
+
+class Allocator(Protocol):
+    """How many tokens each head keeps."""
+
+    name: ClassVar[str]
+
+    def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
+        """Splits the budget of a layer over its heads.
+
+        Args:
+            score: `[B, H_kv, T]`; +inf for tokens that are kept anyway, -inf for places without a token.
+            budget: tokens a KV head on average, protected ones included.
+            limit: `[B, H_kv]`, how many tokens there are.
+            protected: how many of them are kept anyway.
+            observation: what else there is to see.
+
+        Returns:
+            counts `[B, H_kv]`, each between `protected` and `limit`.
+        """
+        ...
+
+
+class Selector(Protocol):
+    """Which tokens a head keeps, given how many."""
+
+    name: ClassVar[str]
+
+    def select(self, score: Tensor, counts: Tensor, observation: Observation) -> Tensor:
+        """Returns a mask `[B, H_kv, T]`, True for exactly `counts` tokens of every head; shapes as above."""
+        ...
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every head keeps the same number of tokens."""
+
+    name: ClassVar[str] = "uniform"
+
+    def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
+        return limit.clamp(max=budget)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Every head keeps its highest scores."""
+
+    name: ClassVar[str] = "top-k"
+
+    def select(self, score: Tensor, counts: Tensor, observation: Observation) -> Tensor:
+        return top_mask(score, counts)
+
+
+def top_mask(score: Tensor, counts: Tensor) -> Tensor:
+    """The `counts` `[B, H]` highest scores of every head of `[B, H, T]`, as a mask, in one top-k over all heads."""
+    most = int(counts.max()) if counts.numel() else 0
+    best = score.topk(most, dim=-1).indices
+    taken = torch.arange(most, device=score.device) < counts.unsqueeze(-1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, taken)
+
+
+def no_memory(observation: Observation, score: Tensor) -> dict[str, Tensor]:
+    """What a scorer that carries nothing remembers."""
+    return {}
+
+
+def largest_remainder(share: Tensor, total: int, limit: Tensor) -> Tensor:
+    """Whole numbers in proportion to `share` `[..., n]` that sum to `total` exactly and stay within `limit` `[..., n]`.
+
+    What one part cannot take is offered to the others in proportion to their shares. Where all limits together are less
+    than the total, everything is taken.
+    """
+    share, limit = share.double(), limit.double()
+    total_left = torch.minimum(torch.full_like(limit.sum(-1), float(total)), limit.sum(-1))
+    given = torch.zeros_like(limit)
+    for _ in range(limit.shape[-1]):
+        open_ = given < limit
+        weight = torch.where(open_, share.clamp_min(1e-12), torch.zeros_like(share))
+        left = (total_left - given.sum(-1)).clamp_min(0)
+        step = torch.minimum(
+            weight / weight.sum(-1, keepdim=True).clamp_min(1e-300) * left.unsqueeze(-1), limit - given
+        )
+        given = given + step
+        if bool((left - step.sum(-1) < 1e-9).all()):
+            break
+    whole = (given + 1e-9).floor()
+    missing = (total_left - whole.sum(-1)).round().long()
+    # a part that is at its limit has no fraction, so it is never given more
+    rank = (given - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return (whole + (rank < missing.unsqueeze(-1))).long()
+
+
+def describe(role: Any) -> str:
+    """A role and its options, for messages."""
+    return getattr(role, "name", type(role).__name__)

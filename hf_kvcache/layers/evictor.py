@@ -1,0 +1,195 @@
+"""`Evictor`: one layer's part in eviction. It records queries and asks the policy what to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvcache.attention import AttentionCall
+from hf_kvcache.eviction import Observation, Reading
+from hf_kvcache.segment import Segment
+
+if TYPE_CHECKING:
+    from hf_kvcache.layers.full import LayerSettings
+
+
+class Evictor:
+    """What eviction knows about one producer layer.
+
+    Args:
+        settings: of the layer; they hold a policy.
+
+    Attributes:
+        queries: by reading layer, the last queries `[B, H_q, W, D]` that the scorer looks at.
+    """
+
+    def __init__(self, settings: LayerSettings) -> None:
+        assert settings.policy is not None
+        self.settings, self.policy = settings, settings.policy
+        self.queries: dict[int, Tensor] = {}
+        # of the present forward only: a cache must not keep a model alive, nor be copied with it
+        self._modules: dict[int, nn.Module] = {}
+        self._scale, self._softcap = 1.0, 0.0
+
+    @property
+    def every(self) -> int | None:
+        """After how many generated tokens to evict again."""
+        return self.policy.every
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Names of the values that are kept with every token."""
+        return self.policy.scorer.carried if self.every else ()
+
+    def record(self, call: AttentionCall, take: int, copies: int) -> None:
+        """Remembers the first `take` queries of a call, of one row in `copies`."""
+        self._modules[call.layer] = attrgetter(self.settings.output)(call.module)
+        self._scale, self._softcap = call.scale, call.softcap
+        wanted = self.policy.scorer.queries
+        if wanted == 0 or take <= 0:
+            return
+        query = call.query[::copies, :, :take].detach()
+        if call.layer in self.queries:
+            query = torch.cat([self.queries[call.layer], query], dim=2)
+        # where the last columns hold padding, a row's own last queries are further back
+        padded = call.mask is not None and not bool(call.mask[:, 0, -1, -(wanted or 1) :].all())
+        if wanted is not None and not padded and query.shape[2] > wanted:
+            query = query[:, :, -wanted:].clone()
+        self.queries[call.layer] = query
+
+    def choose(
+        self, key: Tensor, value: Tensor, valid: Tensor | None, copies: int
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Decides which tokens of a prompt to keep.
+
+        Args:
+            key, value: `[B, H_kv, T, D]`.
+            valid: `[B, T]`, False for padding; None when there is none.
+            copies: how many consecutive rows of the batch are copies of one prompt.
+
+        Returns:
+            A mask `[B, H_kv, T]`, None when all is kept, and values `[B, H_kv, T]` to carry along, by name.
+        """
+        if not self._modules:
+            # the forward ended before this layer read anything: there is nothing to judge by
+            return valid, {}
+        key, value = key.detach()[::copies], value.detach()[::copies]
+        observed = self._observation(key, value)
+        valid = None if valid is None else valid[::copies].to(key.device)
+        kept, carried = None, {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in self.carried}
+        if valid is None or bool(valid.all()):
+            decided = self.policy.keep(observed)
+            if decided is not None:
+                kept, carried = decided[0], {name: decided[1][name] for name in carried}
+        else:
+            kept = valid[:, None].repeat(1, key.shape[1], 1)
+            for row in range(len(key)):
+                columns = valid[row].nonzero()[:, 0]
+                decided = self.policy.keep(_without_padding(observed, row, columns)) if len(columns) else None
+                if decided is not None:
+                    kept[row, :, columns] = decided[0][0]
+                    for name, tensor in carried.items():
+                        tensor[row, :, columns] = decided[1][name][0]
+        self._forget_queries()
+        self.queries = {layer: query.repeat_interleave(copies, 0) for layer, query in self.queries.items()}
+        kept = None if kept is None else kept.repeat_interleave(copies, 0)
+        return kept, {name: tensor.repeat_interleave(copies, 0) for name, tensor in carried.items()}
+
+    def can_judge(self, unsettled: int) -> bool:
+        """Whether queries are left when the last `unsettled` ones are set aside."""
+        wanted = self.policy.scorer.queries
+        return wanted == 0 or all(query.shape[2] > unsettled for query in self.queries.values())
+
+    def evict(self, segments: Sequence[Segment], tokens: Tensor | None, unsettled: int) -> Segment:
+        """One segment of what is worth keeping of several.
+
+        Args:
+            segments: in the order of the sequence, the last one sealed just now.
+            tokens: `[B]`, how many tokens, dropped ones included, each row has seen; None when there is no padding.
+            unsettled: how many tokens came after the last segment; their queries may be cropped and do not count.
+        """
+        whole = Segment.join([segment.expanded() for segment in segments])
+        key, value, index, valid = whole.padded()
+        observed = replace(
+            self._observation(key, value, unsettled),
+            valid=None if bool(valid.all()) else valid,
+            carried={name: whole.held[name].to(key.device)[index] for name in self.carried},
+        )
+        end = whole.start + whole.seen
+        seen = [end] * len(key) if tokens is None else tokens.tolist()
+        kept = valid.clone()
+        held = dict(whole.payload())
+        for count in sorted(set(seen)):
+            rows = torch.tensor([row for row, row_count in enumerate(seen) if row_count == count], device=key.device)
+            decided = self.policy.keep(replace(_rows(observed, rows), tokens=count))
+            if decided is not None:
+                kept[rows] = decided[0]
+                for name in self.carried:
+                    held[name][index[rows][valid[rows]]] = decided[1][name][valid[rows]]
+        self._forget_queries()
+        keep = torch.zeros(len(whole.layout.owners), dtype=torch.bool, device=key.device)
+        keep[index[valid]] = kept[valid]
+        return Segment.join([replace(whole, held=whole.store.put(held))], keep)
+
+    def crop(self, tokens: int) -> None:
+        """Forgets the last `tokens` queries."""
+        if tokens:
+            self.queries = {layer: query[:, :, :-tokens] for layer, query in self.queries.items()}
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Makes batch row i what row `rows[i]` is now."""
+        self.queries = {layer: query[rows] for layer, query in self.queries.items()}
+
+    def forget_modules(self) -> None:
+        """Ends a forward: lets go of the model."""
+        self._modules = {}
+
+    def __deepcopy__(self, memo) -> Evictor:
+        copied = Evictor(self.settings)
+        copied.queries = {layer: query.clone() for layer, query in self.queries.items()}
+        copied._scale, copied._softcap = self._scale, self._softcap
+        return copied
+
+    def _observation(self, key: Tensor, value: Tensor, unsettled: int = 0) -> Observation:
+        queries = {layer: query[:, :, : query.shape[2] - unsettled] for layer, query in self.queries.items()}
+        readings = [Reading(queries.get(layer), module) for layer, module in self._modules.items()]
+        layer, num_layers = self.settings.place
+        return Observation(key, value, readings, self._scale, self._softcap, layer, num_layers)
+
+    def _forget_queries(self) -> None:
+        """Lets go of queries that the next eviction does not look at."""
+        if not self.every or self.policy.scorer.queries is None:
+            self.queries = {}
+
+
+def _rows(observed: Observation, rows: Tensor) -> Observation:
+    """The observation of some rows."""
+    readings = [
+        replace(reading, query=None if reading.query is None else reading.query[rows]) for reading in observed.readings
+    ]
+    return replace(
+        observed,
+        key=observed.key[rows],
+        value=observed.value[rows],
+        readings=readings,
+        valid=None if observed.valid is None else observed.valid[rows],
+        carried=None if observed.carried is None else {name: t[rows] for name, t in observed.carried.items()},
+    )
+
+
+def _without_padding(observed: Observation, row: int, columns: Tensor) -> Observation:
+    """The observation of one row as if it had come alone: only its own `columns`, and the queries that stand there."""
+    own = _rows(observed, torch.tensor([row], device=columns.device))
+    readings = []
+    for reading in own.readings:
+        query = reading.query
+        if query is not None:
+            first = observed.num_tokens - query.shape[2]
+            query = query[:, :, columns[columns >= first] - first]
+        readings.append(replace(reading, query=query))
+    return replace(own, key=own.key[:, :, columns], value=own.value[:, :, columns], readings=readings)

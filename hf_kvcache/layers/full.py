@@ -1,0 +1,303 @@
+"""`KVCacheLayer`: a producer with full attention, whose prompt is sealed and may be evicted from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_kvcache.attention import AttentionCall
+from hf_kvcache.codecs import Codec
+from hf_kvcache.eviction import EvictionPolicy
+from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.layers.common import entry_of, removed_by
+from hf_kvcache.layers.evictor import Evictor
+from hf_kvcache.segment import Segment
+from hf_kvcache.stores import Store
+from hf_kvcache.tail import Tail
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a producer is made of.
+
+    Args:
+        codec: how sealed entries are stored.
+        store: where they are stored.
+        last_reader: the last layer that reads this layer's KV, itself included.
+        policy: which tokens are kept; None to keep all.
+        place: (this layer's place among those that evict, how many these are).
+        output: the attribute of an attention module that projects its heads to the residual stream.
+    """
+
+    codec: Codec
+    store: Store
+    last_reader: int
+    policy: EvictionPolicy | None = None
+    place: tuple[int, int] = (0, 1)
+    output: str = "o_proj"
+
+    def __deepcopy__(self, memo) -> LayerSettings:
+        return self
+
+
+class KVCacheLayer(CacheLayerMixin):
+    """The KV of one producer with full attention: sealed segments, then a dense tail.
+
+    The prompt is attended densely by the model's own attention, so prefill is exact. When the last layer that reads it
+    has done so, eviction chooses what to keep and that is sealed. Later tokens go to the tail, which can be cropped;
+    blocks of it are sealed in turn where the codec or the eviction policy asks for it.
+
+    Args:
+        settings: what it is made of.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, settings: LayerSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.segments: list[Segment] = []
+        self.tail = Tail()
+        self.seen = 0
+        self.prompt_length: int | None = None
+        self.copies = 1
+        self.entry: tuple[int, int, int] | None = None
+        self.evictor = None if self.settings.policy is None else Evictor(self.settings)
+        self._fresh: tuple[Tensor, Tensor] | None = None
+        self._fresh_mask: Tensor | None = None
+        self._recording = False
+        self.is_initialized = False
+
+    def expect(self, prompt_length: int, copies: int) -> None:
+        """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
+        self.prompt_length, self.copies = prompt_length, copies
+
+    def activate_past_recording(self) -> None:
+        """Announces that a `crop` follows every forward: its tokens are then never evicted in the same forward."""
+        self._recording = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
+        self._settle()
+        self.is_initialized = True
+        self.entry = entry_of(key_states)
+        new = key_states.shape[2]
+        if self.seen == 0 and new >= (self.prompt_length or 1):
+            self._fresh = key_states, value_states
+        else:
+            if self.prompt_length and self.seen == 0:
+                self.tail.reserve(self.prompt_length)
+            self.tail.append(key_states.detach(), value_states.detach())
+        self.seen += new
+        return self, self
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
+        if self._fresh is not None:
+            call = call.to(self._fresh[0].device)
+            self._fresh_mask = call.mask
+            out = call.dense(*self._fresh)
+        else:
+            call = call.to(self.tail.key.device)
+            if self.segments or call.length == 1:
+                out = self._attend_parts(call)
+            else:
+                out = call.dense(self.tail.key, self.tail.value)
+        if self.evictor is not None:
+            self._record(self.evictor, call)
+        if call.layer == self.settings.last_reader:
+            self._finish_forward(call.mask, call.length)
+        return out
+
+    def _attend_parts(self, call: AttentionCall) -> Tensor:
+        key, value = self.tail.key, self.tail.value
+        query = call.folded_query(key.shape[1])
+        group = query.shape[2] // call.length
+        mask = call.folded_mask(group, self.tail.length)
+        out, lse = decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)
+        for segment in self.segments:
+            out, lse = merge_states(*segment.attend(query, call.scale, call.softcap), out, lse)
+        return call.unfolded(out)
+
+    def _record(self, evictor: Evictor, call: AttentionCall) -> None:
+        """Lets eviction see the queries, of the prompt and, when it goes on while decoding, those after it."""
+        first = self.seen - call.length
+        if not self.segments:
+            evictor.record(call, min(call.length, (self.prompt_length or self.seen) - first), self.copies)
+        elif evictor.every:
+            evictor.record(call, call.length, 1)
+
+    def _finish_forward(self, mask: Tensor | None, new: int) -> None:
+        """Seals what is complete: the prompt, then blocks of the tail."""
+        if self._fresh is not None:
+            self._seal_prompt(*self._fresh, self.prompt_length or self.seen, mask)
+        elif self.prompt_length and not self.segments and self.seen >= self.prompt_length:
+            self._seal_prompt(self.tail.key, self.tail.value, self.prompt_length, mask)
+        elif self.segments:
+            self._seal_tail(mask, new if self._recording else 0)
+        if self.evictor is not None:
+            self.evictor.forget_modules()
+
+    def _seal_prompt(self, key: Tensor, value: Tensor, prompt: int, mask: Tensor | None) -> None:
+        """Seals the prompt; what came after it in the same forward goes to the tail, and so do its last tokens if the
+        codec wants them dense."""
+        settings = self.settings
+        residual = settings.codec.residual_length
+        if settings.policy is not None and residual:
+            residual = min(residual, settings.policy.scorer.window)
+        sealed = max(prompt - residual, min(prompt, 1))
+        # the last query sees every token but padding
+        keep = None if mask is None else mask[:, 0, -1, :prompt]
+        carried: dict[str, Tensor] = {}
+        if self.evictor is not None:
+            keep, carried = self.evictor.choose(key[:, :, :prompt], value[:, :, :prompt], keep, self.copies)
+            carried = {name: tensor[..., :sealed] for name, tensor in carried.items()}
+        if keep is not None:
+            keep = (keep if keep.dim() == 3 else keep.unsqueeze(1))[..., :sealed]
+        key, value = key.detach(), value.detach()
+        self.segments = [
+            Segment.seal(
+                settings.codec,
+                settings.store,
+                key[:, :, :sealed],
+                value[:, :, :sealed],
+                keep,
+                self.copies,
+                carried=carried,
+            )
+        ]
+        self._fresh = self._fresh_mask = self.prompt_length = None
+        self.copies, self.tail = 1, Tail()
+        if sealed < self.seen:
+            self.tail.append(key[:, :, sealed:], value[:, :, sealed:])
+
+    def _seal_tail(self, mask: Tensor | None, unsettled: int) -> None:
+        """While decoding: evicts again when it is time, or seals full blocks of the tail as the codec asks.
+
+        Args:
+            mask: of the forward.
+            unsettled: how many of the last tokens may yet be cropped, and stay.
+        """
+        settings, tail = self.settings, self.tail
+        settled = tail.length - unsettled
+        if self.evictor is not None and self.evictor.every:
+            if settled < self.evictor.every or not self.evictor.can_judge(unsettled):
+                return
+            sealed = settled
+        else:
+            block = settings.codec.block
+            if not block or settled < settings.codec.residual_length + block:
+                return
+            sealed = (settled - settings.codec.residual_length) // block * block
+        start = self.seen - tail.length
+        key, value = tail.key[:, :, :sealed], tail.value[:, :, :sealed]
+        keep = None if mask is None else mask[:, :, -1, start : start + sealed]
+        names = () if self.evictor is None else self.evictor.carried
+        carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in names}
+        new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried)
+        if self.evictor is not None and self.evictor.every:
+            tokens = None if mask is None else mask[:, 0, -1, : start + sealed].sum(-1)
+            self.segments = [self.evictor.evict([*self.segments, new], tokens, unsettled)]
+        elif self.segments[-1].rows == new.rows and self.segments[-1].layout.rows == new.layout.rows:
+            self.segments[-1] = Segment.join([self.segments[-1], new])
+        else:
+            self.segments.append(new)
+        self.tail = tail.without_first(sealed)
+
+    def _settle(self) -> None:
+        """Seals a prompt whose forward ended before its last reader: an early exit, or an error on the way."""
+        if self._fresh is not None:
+            self._finish_forward(self._fresh_mask, 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens: `-tokens_to_remove` of them, or all but `tokens_to_remove` when that is positive."""
+        self._settle()
+        remove = removed_by(tokens_to_remove, self.seen)
+        self.seen -= remove
+        if self.evictor is not None:
+            self.evictor.crop(remove)
+        from_tail = min(remove, self.tail.length)
+        self.tail.crop(from_tail)
+        remove -= from_tail
+        while remove:
+            segment = self.segments.pop()
+            rest = segment.crop(remove)
+            remove -= segment.seen - (rest.seen if rest else 0)
+            self.segments += [rest] if rest else []
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Makes batch row i what row `rows[i]` is now (beam search, repetition, selection)."""
+        self.segments = [segment.select_rows(rows) for segment in self.segments]
+        self.tail.select_rows(rows)
+        if self.evictor is not None:
+            self.evictor.select_rows(rows)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this layer keeps alive."""
+        sealed = [tensor for segment in self.segments for tensor in segment.tensors()]
+        queries = [] if self.evictor is None else list(self.evictor.queries.values())
+        return sealed + self.tail.tensors() + list(self._fresh or ()) + queries
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a saved file needs: a JSON-able description and the tensors by name."""
+        self._settle()
+        described = {
+            "seen": self.seen,
+            "segments": [segment.describe() for segment in self.segments],
+            "entry": self.entry,
+            "prompt_length": self.prompt_length,
+            "copies": self.copies,
+        }
+        tensors = {
+            f"segments.{index}.{name}": tensor
+            for index, segment in enumerate(self.segments)
+            for name, tensor in segment.held.items()
+        }
+        if self.tail.length:
+            tensors |= {"tail.key": self.tail.key, "tail.value": self.tail.value}
+        if self.evictor is not None:
+            tensors |= {f"queries.{layer}": query for layer, query in self.evictor.queries.items()}
+        return described, tensors
+
+    def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`."""
+        self.reset()
+        for index, segment in enumerate(described["segments"]):
+            prefix = f"segments.{index}."
+            payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            self.segments.append(Segment.restore(segment, payload, self.settings.codec, self.settings.store, device))
+        self.prompt_length, self.copies = described["prompt_length"], described["copies"]
+        if "tail.key" in tensors:
+            self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
+        if self.evictor is not None:
+            self.evictor.queries = {
+                int(name.removeprefix("queries.")): tensor.to(device)
+                for name, tensor in tensors.items()
+                if name.startswith("queries.")
+            }
+        self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
+        self.is_initialized = self.seen > 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: memory is taken when the first tokens come."""

@@ -1,0 +1,147 @@
+"""`SlidingLayer`: a producer with sliding-window attention, which keeps what its window can see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_kvcache.attention import AttentionCall
+from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.layers.common import entry_of, last_tokens, removed_by
+
+
+class SlidingLayer(CacheLayerMixin):
+    """The KV of one producer with sliding-window attention: the last `sliding_window - 1` tokens, dense.
+
+    That is all that later tokens can see, so nothing more is kept, unless the caller announces with
+    `activate_past_recording` that a `crop` follows every forward (assisted decoding): then older tokens stay until that
+    crop. Consumers read the keys and values of the present forward, as the layer itself does.
+
+    Args:
+        sliding_window: tokens that a query sees, itself included.
+        last_reader: the last layer that reads this layer's KV, itself included.
+    """
+
+    is_sliding = True
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, sliding_window: int, last_reader: int) -> None:
+        super().__init__()
+        self.sliding_window, self.last_reader = sliding_window, last_reader
+        self._recording = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.keys = self.values = torch.empty(0)
+        self.is_initialized = False
+        self.seen = 0
+        self.entry: tuple[int, int, int] | None = None
+        self._visible: tuple[Tensor, Tensor] | None = None
+
+    def activate_past_recording(self) -> None:
+        """Announces that a `crop` follows every forward."""
+        self._recording = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
+        self.entry = entry_of(key_states)
+        new = key_states.shape[2]
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=2)
+            value_states = torch.cat([self.values, value_states], dim=2)
+        visible = self._reach() + new
+        self._visible = last_tokens(key_states, visible), last_tokens(value_states, visible)
+        self.seen += new
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+        return self, self
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attention over the window; returns `[B, L, H_q, D]`."""
+        assert self._visible is not None
+        key, value = self._visible
+        call = call.to(key.device)
+        if call.length > 1:
+            out = call.dense(key, value)
+        else:
+            query = call.folded_query(key.shape[1])
+            mask = call.folded_mask(query.shape[2], key.shape[2])
+            out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
+        if call.layer == self.last_reader:
+            self._visible = None
+            self._hold(self.keys.shape[2] if self._recording else self._reach())
+        return out
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens, and what was recorded beyond the window."""
+        remove = removed_by(tokens_to_remove, self.seen)
+        if not self.is_initialized:
+            return
+        rest, needed = self.keys.shape[2] - remove, min(self.seen - remove, self.sliding_window - 1)
+        if rest < needed:
+            raise RuntimeError(
+                f"cannot crop {remove} tokens: the {needed - rest} tokens that would come back into the window of "
+                f"{self.sliding_window} are gone; call cache.activate_past_recording() before the forward"
+            )
+        self.seen -= remove
+        self.keys, self.values = self.keys[:, :, :rest], self.values[:, :, :rest]
+        self._hold(needed)
+
+    def expect(self, prompt_length: int, copies: int) -> None:
+        """Nothing to prepare."""
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Makes batch row i what row `rows[i]` is now (beam search, repetition, selection)."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that this layer keeps alive."""
+        return [self.keys, self.values, *(self._visible or ())] if self.is_initialized else []
+
+    def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a saved file needs: a JSON-able description and the tensors by name."""
+        tensors = {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        return {"seen": self.seen, "entry": self.entry}, tensors
+
+    def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`."""
+        self.reset()
+        if tensors:
+            self.keys, self.values = tensors["keys"].to(device), tensors["values"].to(device)
+            self.is_initialized = True
+        self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._reach() + query_length, self.seen - self._reach()
+
+    def get_max_length(self) -> int:
+        return self.sliding_window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: memory is taken when the first tokens come."""
+
+    def _reach(self) -> int:
+        """How many of the tokens seen the next one can see."""
+        return min(self.seen, self.sliding_window - 1)
+
+    def _hold(self, tokens: int) -> None:
+        """Keeps the last tokens, in storages of their own: a view would keep the whole prompt alive."""
+        self.keys, self.values = (
+            tensor.detach().clone(memory_format=torch.contiguous_format)
+            if tensor.nbytes < tensor.untyped_storage().nbytes()
+            else tensor.detach()
+            for tensor in (last_tokens(self.keys, tokens), last_tokens(self.values, tokens))
+        )

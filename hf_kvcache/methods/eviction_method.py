@@ -1,0 +1,69 @@
+"""What all eviction methods have in common: the budget, and what each role must say about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_kvcache.eviction import Observation
+from hf_kvcache.eviction.policy import check_budget
+from hf_kvcache.methods.method import CalibrationModel, Method
+from hf_kvcache.spec import CacheSpec
+
+
+@dataclass(frozen=True)
+class EvictionMethod(Method):
+    """A method that takes one role of eviction. What it composes with takes the others.
+
+    Args:
+        budget: tokens kept a KV head, always-kept ones included: an int, or a float share of the prompt. None leaves it
+            to the other methods named; 0.5 when none says it.
+        every: evict again whenever so many tokens were generated; None to evict the prompt only.
+    """
+
+    budget: int | float | None = field(default=None, kw_only=True)
+    every: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        check_budget(1 if self.budget is None else self.budget, self.every)
+
+    def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
+        return spec.fill(self.slot, self, by=self.name).limit(self.budget, self.every, by=self.name)
+
+
+@dataclass(frozen=True)
+class ScoringMethod(EvictionMethod):
+    """A scorer. Subclasses implement `score`; see `hf_kvcache.eviction.Scorer` for what it is given and returns.
+
+    Args:
+        window: how many of the last tokens are always kept.
+        sinks: how many of the first tokens are always kept.
+    """
+
+    slot: ClassVar[str] = "scorer"
+    carried: ClassVar[tuple[str, ...]] = ()
+    while_decoding: ClassVar[bool] = False
+
+    window: int = 0
+    sinks: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("window", "sinks"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name} is a number of tokens, at least 0, got {count!r}")
+
+    @property
+    def queries(self) -> int | None:
+        """How many of the last queries `score` looks at; None for all of them."""
+        return 0
+
+    def score(self, observation: Observation) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must implement score(observation)")
+
+    def remember(self, observation: Observation, score: Tensor) -> dict[str, Tensor]:
+        """Nothing, unless a subclass names it in `carried`."""
+        return {}

@@ -1,0 +1,68 @@
+"""SnapKV (arXiv 2404.14469): what the last tokens of the prompt attend to is what the answer will need.
+
+The attention weights of the last `window` queries over all tokens (causal within the window) are averaged over the
+window, smoothed along the sequence by a pooling, so that neighbours of an important token stay too, and averaged over
+the query heads of each KV head. The window itself is always kept.
+
+Defaults as in the authors' class and in kvpress: window 64, average pooling of 5. The authors' LongBench configuration
+is `window=32, kernel_size=7, pooling="max"`. Different from the authors' code: it scores and stores every query head,
+which takes the group size times the memory; here, as in AdaKV and kvpress, the group shares one score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional
+
+from hf_kvcache.eviction import Observation
+from hf_kvcache.methods.eviction_method import ScoringMethod
+
+POOLINGS = ("avg", "max", "none")
+
+
+@dataclass(frozen=True)
+class SnapKV(ScoringMethod):
+    """Scores by the attention of an observation window.
+
+    Args:
+        window: number of last queries that observe; always kept.
+        kernel_size: of the pooling, odd.
+        pooling: `"avg"`, `"max"` or `"none"`.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    paper: ClassVar[str] = "arXiv 2404.14469"
+    while_decoding: ClassVar[bool] = True
+
+    window: int = 64
+    kernel_size: int = 5
+    pooling: str = "avg"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window is the number of queries that observe, at least 1, got {self.window}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+
+    @property
+    def queries(self) -> int:
+        return self.window
+
+    def score(self, observation: Observation) -> Tensor:
+        weights = observation.attention(last=self.window).mean(dim=3)
+        return pool(weights, self.kernel_size, self.pooling).mean(dim=2)
+
+
+def pool(score: Tensor, kernel_size: int, pooling: str) -> Tensor:
+    """Smooths scores `[..., T]` along the sequence."""
+    if pooling == "none":
+        return score
+    function = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
+    flat = score.reshape(-1, 1, score.shape[-1])
+    return function(flat, kernel_size, stride=1, padding=kernel_size // 2).view(score.shape)
