@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import Cache
 
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer
@@ -43,6 +44,9 @@ class KVCache(Cache):
                 settings = LayerSettings(spec.codecs[layer], spec.store, last_reader[layer], policy, place, spec.output)
                 layers.append(KVCacheLayer(settings))
         super().__init__(layers=layers)
+        # of a prompt that all layers will evict from together, which may need to be read again
+        self.prompt_ids: Tensor | None = None
+        self.replaying = False
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:
         """Announces the prompt before it comes; `generate` of a patched model does it.
@@ -54,6 +58,27 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             layer.expect(prompt_length, copies)
+
+    @property
+    def pending(self) -> bool:
+        """Whether a prompt is complete and waits, dense, to be evicted from in all layers together."""
+        return any(isinstance(layer, KVCacheLayer) and layer.pending for layer in self.layers)
+
+    def remember_prompt(self, ids: Tensor) -> None:
+        """Takes the token ids `[B, L]` of a forward that brings a prompt or a part of it."""
+        policy = self.spec.eviction
+        if policy is None or not policy.deferred or self.replaying or self._sealed:
+            return
+        self.prompt_ids = ids if self.prompt_ids is None else torch.cat([self.prompt_ids, ids], dim=1)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.prompt_ids = None
+
+    @property
+    def _sealed(self) -> bool:
+        return any(isinstance(layer, KVCacheLayer) and layer.segments for layer in self.layers)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes batch row i what row `beam_idx[i]` is now."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_kvcache.codecs import Codec, DenseCodec
-from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK, Uniform
+from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK
 from hf_kvcache.eviction.policy import DEFAULT_BUDGET
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.stores import DeviceStore, Store
@@ -38,7 +38,8 @@ class CacheSpec:
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
         output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.
-        scorer, allocator, selector: which tokens are kept; no scorer keeps all.
+        scorer, allocator, selector: which tokens are kept; without a scorer all are, and without an allocator the
+            scorer's own host allocates.
         budget: how many (see `EvictionPolicy`); None for the default.
         every: after how many generated tokens to evict again; None for never.
         codecs: for every layer how a sealed entry is stored.
@@ -52,7 +53,7 @@ class CacheSpec:
     codecs: tuple[Codec, ...]
     output: str = "o_proj"
     scorer: Scorer | None = None
-    allocator: Allocator = Uniform()  # noqa: RUF009 - a frozen value
+    allocator: Allocator | None = None
     selector: Selector = TopK()  # noqa: RUF009 - a frozen value
     budget: int | float | None = None
     every: int | None = None
@@ -97,7 +98,7 @@ class CacheSpec:
         if self.scorer is None:
             return None
         budget = DEFAULT_BUDGET if self.budget is None else self.budget
-        return EvictionPolicy(self.scorer, self.allocator, self.selector, budget, self.every)
+        return EvictionPolicy(self.scorer, self.allocator or self.scorer.host, self.selector, budget, self.every)
 
     @property
     def evicting(self) -> tuple[int, ...]:

@@ -36,6 +36,10 @@ class Tail:
         """Makes the next allocation at least this large, for a prompt that will come in chunks."""
         self._reserved = tokens
 
+    def adopt(self, key: Tensor, value: Tensor) -> None:
+        """Takes key and value `[B, H_kv, n, D]` as they are, in place of nothing: no copy is made."""
+        self._buffers, self.length = [key, value], key.shape[2]
+
     def append(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, n, D]` behind the tokens held."""
         end = self.length + key.shape[2]

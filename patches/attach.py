@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_kvcache.attention import SharingContext, register
 from hf_kvcache.cache import KVCache
+from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
@@ -83,6 +84,8 @@ class Attachment:
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name), with_kwargs=True)
+        if self.spec.eviction is not None and self.spec.eviction.deferred:
+            decoder.register_forward_hook(after_decoder, with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
             # a partial, not a bound method: it survives pickling and a deep copy is bound to the copied model
             model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
@@ -98,6 +101,9 @@ class Attachment:
         for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, BeforeDecoder)]:
             del decoder._forward_pre_hooks[key]
             decoder._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key in [key for key, hook in decoder._forward_hooks.items() if hook is after_decoder]:
+            del decoder._forward_hooks[key]
+            decoder._forward_hooks_with_kwargs.pop(key, None)
         model.__dict__.pop("_prepare_cache_for_generation", None)
         model.__dict__.pop(ATTRIBUTE, None)
 
@@ -196,6 +202,8 @@ class BeforeDecoder:
         if cache is None and use_cache and not checkpointing:
             cache = kwargs["past_key_values"] = KVCache(self.spec)
         self._check(decoder, kwargs)
+        if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
+            cache.remember_prompt(kwargs["input_ids"])
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
         if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
@@ -225,6 +233,25 @@ class BeforeDecoder:
             raise NotImplementedError(
                 "a patched model computes no attention weights; unpatch_model before asking for output_attentions"
             )
+
+
+def after_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """The hook after the decoder's forward where layers decide together what to evict: once a prompt is in, they do."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, KVCache) or cache.replaying or not cache.pending:
+        return
+    if cache.prompt_ids is None:
+        raise NotImplementedError(
+            "this eviction method reads the prompt again and needs its token ids, but the model was given "
+            "inputs_embeds; pass input_ids, or use a method that does not (snapkv, expected_attention)"
+        )
+
+    def run(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> None:
+        decoder(input_ids=ids, attention_mask=mask, position_ids=positions.to(ids.device), past_key_values=cache)
+
+    with torch.no_grad():
+        settle(cache, kwargs.get("attention_mask"), run)
+    cache.prompt_ids = None
 
 
 def require_own_cache(cache: Any, spec: CacheSpec) -> None:

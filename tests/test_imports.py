@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 AXES = {"sharing", "eviction", "codecs", "stores", "segment", "layout", "tail"}
 GROUND = {"kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
-RUNTIME = {"attention", "layers", "persistence", "cache", "patches"}
+RUNTIME = {"attention", "layers", "persistence", "cache", "deferred", "patches"}
 
 # group (a module or package directly in hf_kvcache) -> the groups that it may import
 LAYERS = {
@@ -37,6 +37,7 @@ LAYERS = {
     "layers": VALUES | {"attention", "layers"},
     "persistence": VALUES,
     "cache": VALUES | {"attention", "layers", "persistence"},
+    "deferred": VALUES | {"layers", "cache"},
     "patches": VALUES | RUNTIME,
 }
 # the groups that may import everything: the public functions and what is built on them

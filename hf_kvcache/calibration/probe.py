@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_kvcache.attention import SharingContext
 from hf_kvcache.calibration.healing import PairJudge, heal_plan
-from hf_kvcache.calibration.texts import Calibration, token_windows
+from hf_kvcache.calibration.texts import Calibration, find_tokenizer, token_windows
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
 from hf_kvcache.sharing import SharingPlan
@@ -88,6 +88,11 @@ class ModelProbe:
         with self.attached():
             self._batch = self.batch(token_windows(texts, self.model, self.tokenizer, samples, length))
             self._untouched = self._run(self.full.sharing, [self._batch.hidden], {})
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text, without special tokens."""
+        tokenizer = self.tokenizer or find_tokenizer(self.model)
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
     def average_kv(self) -> list[tuple[Tensor, Tensor]]:

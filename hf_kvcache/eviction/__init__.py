@@ -3,11 +3,12 @@
 from hf_kvcache.eviction.observation import Observation, Reading
 from hf_kvcache.eviction.perturbation import perturbation_bound
 from hf_kvcache.eviction.policy import EvictionPolicy, tokens_to_keep
-from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
+from hf_kvcache.eviction.roles import Allocator, Global, Scorer, Selector, TopK, Uniform
 
 __all__ = [
     "Allocator",
     "EvictionPolicy",
+    "Global",
     "Observation",
     "Reading",
     "Scorer",

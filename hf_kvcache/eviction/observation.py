@@ -44,6 +44,8 @@ class Observation:
         tokens: of every row, `[B]`, how many were processed so far, dropped ones included.
         valid: `[B, H_kv, T]`, False where an earlier eviction left no entry; None when all are there.
         carried: what the scorer remembered of every token, `[B, H_kv, T]` by name (see `Scorer.carried`).
+        replayed: `[B, H_kv, T]`, the highest attention that each token got while the context was read again (see
+            `Scorer.passes`); None when it was not.
         rotate: turns vectors `[..., P, D]` before RoPE at positions `[P]` into vectors after it, or back.
     """
 
@@ -57,6 +59,7 @@ class Observation:
     tokens: int | None = None
     valid: Tensor | None = None
     carried: dict[str, Tensor] | None = None
+    replayed: Tensor | None = None
     rotate: Callable[..., Tensor] | None = None
 
     @property

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_kvcache.eviction.observation import Observation
-from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
+from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK
 
 DEFAULT_BUDGET = 0.5
 
@@ -26,7 +27,7 @@ class EvictionPolicy:
     """
 
     scorer: Scorer
-    allocator: Allocator = field(default_factory=Uniform)
+    allocator: Allocator
     selector: Selector = field(default_factory=TopK)
     budget: int | float = DEFAULT_BUDGET
     every: int | None = None
@@ -45,6 +46,11 @@ class EvictionPolicy:
                 "use a scorer that is (h2o, tova, snapkv, rkv, streamingllm, knorm), or leave every out"
             )
 
+    @property
+    def deferred(self) -> bool:
+        """Whether the decision needs the dense KV of all layers."""
+        return self.scorer.replays or self.allocator.over_layers
+
     def keep(self, observation: Observation) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Decides about all tokens of a layer.
 
@@ -52,11 +58,56 @@ class EvictionPolicy:
             A mask `[B, H_kv, T]`, True for what is kept, and what the scorer wants remembered; None when everything is
             within the budget and nothing has to be remembered.
         """
+        if self.budget_of(observation) >= observation.num_tokens and not (self.every and self.scorer.carried):
+            return None
+        score, limit, remembered = self.candidates(observation)
+        counts = self.allocator.allocate(
+            score, self.budget_of(observation), limit, self.protected(observation), observation
+        )
+        return self.selector.select(score, counts, observation), remembered
+
+    def keep_layers(self, observations: Sequence[Observation]) -> list[Tensor] | None:
+        """Decides about all tokens of all layers together; as `keep`, but for what is remembered."""
+        first = observations[0]
+        budget = self.budget_of(first)
+        if budget >= first.num_tokens:
+            return None
+        judged = [self.candidates(observation) for observation in observations]
+        if self.allocator.over_layers:
+            counts = self.allocator.allocate_layers(
+                [score for score, _, _ in judged], budget, [limit for _, limit, _ in judged]
+            )
+        else:
+            counts = [
+                self.allocator.allocate(score, budget, limit, self.protected(observation), observation)
+                for (score, limit, _), observation in zip(judged, observations, strict=True)
+            ]
+        return [
+            self.selector.select(score, count, observation)
+            for (score, _, _), count, observation in zip(judged, counts, observations, strict=True)
+        ]
+
+    def budget_of(self, observation: Observation) -> int:
+        """Tokens to keep a KV head."""
+        return self.budget_of_tokens(observation.num_tokens if observation.tokens is None else observation.tokens)
+
+    def budget_of_tokens(self, tokens: int) -> int:
+        """Tokens to keep a KV head of so many."""
+        return tokens_to_keep(self.budget, tokens, self.scorer.window + self.scorer.sinks)
+
+    def protected(self, observation: Observation) -> int:
+        """How many tokens a head keeps anyway."""
+        return min(self.scorer.sinks + self.scorer.window, observation.num_tokens)
+
+    def candidates(self, observation: Observation) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Scores a layer.
+
+        Returns:
+            The score `[B, H_kv, T]`, +inf for tokens that are kept anyway and -inf for places without a token; the
+            number of tokens `[B, H_kv]`; and what the scorer wants remembered.
+        """
         scorer, valid = self.scorer, observation.valid
         batch, heads, tokens, _ = observation.key.shape
-        budget = tokens_to_keep(self.budget, observation.tokens or tokens, scorer.window + scorer.sinks)
-        if budget >= tokens and not (self.every and scorer.carried):
-            return None
         score = scorer.score(observation)
         if not bool(torch.isfinite(score).all()):
             raise FloatingPointError(
@@ -75,10 +126,7 @@ class EvictionPolicy:
         protected = (rank < scorer.sinks) | (column >= tokens - scorer.window)
         if valid is not None:
             protected &= valid
-        score = score.masked_fill(protected, torch.inf)
-        always = min(scorer.sinks + scorer.window, tokens)
-        counts = self.allocator.allocate(score, budget, limit, always, observation)
-        return self.selector.select(score, counts, observation), remembered
+        return score.masked_fill(protected, torch.inf), limit, remembered
 
 
 def tokens_to_keep(budget: int | float, tokens: int, protected: int) -> int:

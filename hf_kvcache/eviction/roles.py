@@ -7,6 +7,7 @@ replaces the top-k step of its host.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -26,11 +27,18 @@ class Scorer(Protocol):
         queries: how many of the last queries `score` looks at; None for all of them, 0 for none.
         carried: names of values of every token that `score` returns to be remembered with it.
         while_decoding: whether it can score a set from which tokens are missing already.
+        replays: whether the context is to be read again before it is scored (see `passes`). Then, and when the
+            allocator looks at all layers at once, the whole cache is held dense until that is done.
+        host: the allocator to use when no method brings one.
     """
 
     name: ClassVar[str]
     carried: ClassVar[tuple[str, ...]]
     while_decoding: ClassVar[bool]
+    replays: ClassVar[bool]
+
+    @property
+    def host(self) -> Allocator: ...
 
     @property
     def window(self) -> int: ...
@@ -45,15 +53,30 @@ class Scorer(Protocol):
         """Returns scores `[B, H_kv, T]`, float32; the higher, the sooner kept."""
         ...
 
+    def passes(self, ids: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """How to read the context `ids` `[B, T]` again.
+
+        Yields:
+            the first and the end column of the part that is repeated, and the tokens `[B, L]` to run the model on,
+            as a continuation of the context, so that it does.
+        """
+        ...
+
     def remember(self, observation: Observation, score: Tensor) -> dict[str, Tensor]:
         """What to carry along with the tokens that are kept, `[B, H_kv, T]` by name."""
         ...
 
 
 class Allocator(Protocol):
-    """How many tokens each head keeps."""
+    """How many tokens each head keeps.
+
+    Attributes:
+        name: of the method.
+        over_layers: whether it must see all layers at once; then `allocate_layers` is called in place of `allocate`.
+    """
 
     name: ClassVar[str]
+    over_layers: ClassVar[bool]
 
     def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
         """Splits the budget of a layer over its heads.
@@ -68,6 +91,10 @@ class Allocator(Protocol):
         Returns:
             counts `[B, H_kv]`, each between `protected` and `limit`.
         """
+        ...
+
+    def allocate_layers(self, scores: Sequence[Tensor], budget: int, limits: Sequence[Tensor]) -> list[Tensor]:
+        """`allocate` for all layers that evict, in their order."""
         ...
 
 
@@ -86,9 +113,35 @@ class Uniform:
     """Every head keeps the same number of tokens."""
 
     name: ClassVar[str] = "uniform"
+    over_layers: ClassVar[bool] = False
 
     def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
         return limit.clamp(max=budget)
+
+    def allocate_layers(self, scores: Sequence[Tensor], budget: int, limits: Sequence[Tensor]) -> list[Tensor]:
+        return [limit.clamp(max=budget) for limit in limits]
+
+
+@dataclass(frozen=True)
+class Global:
+    """The heads of all layers share one budget: the highest scores of the model are kept, wherever they are."""
+
+    name: ClassVar[str] = "global"
+    over_layers: ClassVar[bool] = True
+
+    def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
+        return self.allocate_layers([score], budget, [limit])[0]
+
+    def allocate_layers(self, scores: Sequence[Tensor], budget: int, limits: Sequence[Tensor]) -> list[Tensor]:
+        sizes = [score.shape[1] for score in scores]
+        together = torch.cat([score.to(scores[0].device) for score in scores], dim=1)
+        batch, heads, tokens = together.shape
+        # protected tokens have the score +inf and come first; places without a token, -inf, come last
+        total = min(budget * heads, sum(int(limit.sum(-1).min()) for limit in limits))
+        best = together.flatten(1).topk(total, dim=-1).indices
+        counts = torch.zeros(batch, heads, dtype=torch.long, device=together.device)
+        counts.scatter_add_(1, best // tokens, torch.ones_like(best))
+        return [part.to(score.device) for part, score in zip(counts.split(sizes, dim=1), scores, strict=True)]
 
 
 @dataclass(frozen=True)

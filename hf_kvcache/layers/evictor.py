@@ -90,15 +90,33 @@ class Evictor:
             kept = valid[:, None].repeat(1, key.shape[1], 1)
             for row in range(len(key)):
                 columns = valid[row].nonzero()[:, 0]
-                decided = self.policy.keep(_without_padding(observed, row, columns)) if len(columns) else None
+                decided = None
+                if len(columns):
+                    alone = torch.tensor([row], device=key.device)
+                    decided = self.policy.keep(_without_padding(observed, alone, columns))
                 if decided is not None:
                     kept[row, :, columns] = decided[0][0]
                     for name, tensor in carried.items():
                         tensor[row, :, columns] = decided[1][name][0]
         self._forget_queries()
+        # from here on every row of the batch is its own
         self.queries = {layer: query.repeat_interleave(copies, 0) for layer, query in self.queries.items()}
         kept = None if kept is None else kept.repeat_interleave(copies, 0)
         return kept, {name: tensor.repeat_interleave(copies, 0) for name, tensor in carried.items()}
+
+    def observe(self, key: Tensor, value: Tensor, rows: list[int], columns: Tensor, copies: int) -> Observation:
+        """Some rows of a prompt as if they had come without padding.
+
+        Args:
+            key, value: `[B, H_kv, T, D]`.
+            rows: of the batch, each the first of its copies.
+            columns: which of the T tokens are theirs.
+            copies: how many consecutive rows of the batch are copies of one prompt.
+        """
+        whole = self._observation(key.detach()[::copies], value.detach()[::copies])
+        if len(columns) == key.shape[2] and len(rows) == len(whole.key):
+            return whole
+        return _without_padding(whole, torch.tensor([row // copies for row in rows], device=key.device), columns)
 
     def can_judge(self, unsettled: int) -> bool:
         """Whether queries are left when the last `unsettled` ones are set aside."""
@@ -182,9 +200,9 @@ def _rows(observed: Observation, rows: Tensor) -> Observation:
     )
 
 
-def _without_padding(observed: Observation, row: int, columns: Tensor) -> Observation:
-    """The observation of one row as if it had come alone: only its own `columns`, and the queries that stand there."""
-    own = _rows(observed, torch.tensor([row], device=columns.device))
+def _without_padding(observed: Observation, rows: Tensor, columns: Tensor) -> Observation:
+    """The observation of `rows` as if they had come alone: only their `columns`, and the queries that stand there."""
+    own = _rows(observed, rows)
     readings = []
     for reading in own.readings:
         query = reading.query

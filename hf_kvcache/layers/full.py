@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvcache.attention import AttentionCall
 from hf_kvcache.codecs import Codec
-from hf_kvcache.eviction import EvictionPolicy
+from hf_kvcache.eviction import EvictionPolicy, Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layers.common import entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
+from hf_kvcache.layers.replay import Replay
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import Store
 from hf_kvcache.tail import Tail
@@ -77,6 +79,9 @@ class KVCacheLayer(CacheLayerMixin):
         self.evictor = None if self.settings.policy is None else Evictor(self.settings)
         self._fresh: tuple[Tensor, Tensor] | None = None
         self._fresh_mask: Tensor | None = None
+        self._replay: Replay | None = None
+        self._observation: Observation | None = None
+        self._replaying = False
         self._recording = False
         self.is_initialized = False
 
@@ -90,6 +95,9 @@ class KVCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
+        if self._replaying and self._replay is not None:
+            self._replay.take(key_states, value_states)
+            return self, self
         self._settle()
         self.is_initialized = True
         self.entry = entry_of(key_states)
@@ -105,6 +113,8 @@ class KVCacheLayer(CacheLayerMixin):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
+        if self._replaying and self._replay is not None:
+            return self._replay.attend(call)
         if self._fresh is not None:
             call = call.to(self._fresh[0].device)
             self._fresh_mask = call.mask
@@ -142,46 +152,88 @@ class KVCacheLayer(CacheLayerMixin):
     def _finish_forward(self, mask: Tensor | None, new: int) -> None:
         """Seals what is complete: the prompt, then blocks of the tail."""
         if self._fresh is not None:
-            self._seal_prompt(*self._fresh, self.prompt_length or self.seen, mask)
-        elif self.prompt_length and not self.segments and self.seen >= self.prompt_length:
-            self._seal_prompt(self.tail.key, self.tail.value, self.prompt_length, mask)
+            self.prompt_length = self.prompt_length or self.seen
+            self.tail.adopt(*(tensor.detach() for tensor in self._fresh))
+            self._fresh = self._fresh_mask = None
+        if not self.segments and self.prompt_length and self.seen >= self.prompt_length:
+            if self.settings.policy is not None and self.settings.policy.deferred:
+                # the modules are still needed when all layers decide together
+                return
+            # the last query sees every token but padding
+            keep = None if mask is None else mask[:, 0, -1, : self.prompt]
+            carried: dict[str, Tensor] = {}
+            if self.evictor is not None:
+                key, value = self.tail.key[:, :, : self.prompt], self.tail.value[:, :, : self.prompt]
+                keep, carried = self.evictor.choose(key, value, keep, self.copies)
+            self._seal_prompt(keep, carried)
         elif self.segments:
             self._seal_tail(mask, new if self._recording else 0)
         if self.evictor is not None:
             self.evictor.forget_modules()
 
-    def _seal_prompt(self, key: Tensor, value: Tensor, prompt: int, mask: Tensor | None) -> None:
-        """Seals the prompt; what came after it in the same forward goes to the tail, and so do its last tokens if the
-        codec wants them dense."""
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt that is not sealed yet."""
+        return self.prompt_length or self.seen
+
+    @property
+    def pending(self) -> bool:
+        """Whether the prompt is complete and waits, dense, for a decision over all layers."""
+        deferred = self.settings.policy is not None and self.settings.policy.deferred
+        return deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
+
+    def observe_pending(self, rows: list[int], columns: Tensor, replays: bool) -> None:
+        """Takes some rows of the pending prompt, without padding, for a decision; `replays`: to be read again first."""
+        assert self.evictor is not None
+        key, value = self.tail.key[:, :, : self.prompt], self.tail.value[:, :, : self.prompt]
+        observation = self.evictor.observe(key, value, rows, columns.to(key.device), self.copies)
+        self._replay = Replay(observation) if replays else None
+        self._observation = observation
+
+    def begin_replay(self, start: int, end: int) -> None:
+        """From here on tokens repeat columns `start` to `end` of the observed prompt, and are forgotten."""
+        if self._replay is not None:
+            self._replay.begin(start, end)
+            self._replaying = True
+
+    def end_replay(self) -> None:
+        self._replaying = False
+
+    def observation(self) -> Observation:
+        """What was observed of the pending prompt."""
+        assert self._observation is not None
+        replayed = None if self._replay is None else self._replay.score
+        return replace(self._observation, replayed=replayed)
+
+    def forget_observation(self) -> None:
+        self._observation = self._replay = None
+
+    def seal_pending(self, keep: Tensor) -> None:
+        """Seals the pending prompt but for what `keep` `[S, H_kv, T]` says to drop, one row for each prompt."""
+        self._seal_prompt(None if bool(keep.all()) else keep.repeat_interleave(self.copies, 0), {})
+        if self.evictor is not None:
+            self.evictor.forget_modules()
+
+    def _seal_prompt(self, keep: Tensor | None, carried: Mapping[str, Tensor]) -> None:
+        """Seals the prompt, which lies in the tail. What came after it stays there, and so do its last tokens if the
+        codec wants them dense.
+
+        Args:
+            keep: `[B, H_kv, T]` or, for padding alone, `[B, T]`; None to keep all.
+            carried: `[B, H_kv, T]` by name.
+        """
         settings = self.settings
         residual = settings.codec.residual_length
         if settings.policy is not None and residual:
             residual = min(residual, settings.policy.scorer.window)
-        sealed = max(prompt - residual, min(prompt, 1))
-        # the last query sees every token but padding
-        keep = None if mask is None else mask[:, 0, -1, :prompt]
-        carried: dict[str, Tensor] = {}
-        if self.evictor is not None:
-            keep, carried = self.evictor.choose(key[:, :, :prompt], value[:, :, :prompt], keep, self.copies)
-            carried = {name: tensor[..., :sealed] for name, tensor in carried.items()}
+        sealed = max(self.prompt - residual, min(self.prompt, 1))
         if keep is not None:
             keep = (keep if keep.dim() == 3 else keep.unsqueeze(1))[..., :sealed]
-        key, value = key.detach(), value.detach()
-        self.segments = [
-            Segment.seal(
-                settings.codec,
-                settings.store,
-                key[:, :, :sealed],
-                value[:, :, :sealed],
-                keep,
-                self.copies,
-                carried=carried,
-            )
-        ]
-        self._fresh = self._fresh_mask = self.prompt_length = None
-        self.copies, self.tail = 1, Tail()
-        if sealed < self.seen:
-            self.tail.append(key[:, :, sealed:], value[:, :, sealed:])
+        carried = {name: tensor[..., :sealed] for name, tensor in carried.items()}
+        key, value = self.tail.key[:, :, :sealed], self.tail.value[:, :, :sealed]
+        segment = Segment.seal(settings.codec, settings.store, key, value, keep, self.copies, carried=carried)
+        self.segments, self.tail = [segment], self.tail.without_first(sealed)
+        self.prompt_length, self.copies = None, 1
 
     def _seal_tail(self, mask: Tensor | None, unsettled: int) -> None:
         """While decoding: evicts again when it is time, or seals full blocks of the tail as the codec asks.

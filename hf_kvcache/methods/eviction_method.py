@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
-from hf_kvcache.eviction import Observation
+from hf_kvcache.eviction import Allocator, Observation, Uniform
 from hf_kvcache.eviction.policy import check_budget
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.spec import CacheSpec
@@ -45,6 +46,7 @@ class ScoringMethod(EvictionMethod):
     slot: ClassVar[str] = "scorer"
     carried: ClassVar[tuple[str, ...]] = ()
     while_decoding: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
 
     window: int = 0
     sinks: int = 0
@@ -60,6 +62,15 @@ class ScoringMethod(EvictionMethod):
     def queries(self) -> int | None:
         """How many of the last queries `score` looks at; None for all of them."""
         return 0
+
+    @property
+    def host(self) -> Allocator:
+        """The allocator to use when no method brings one."""
+        return Uniform()
+
+    def passes(self, ids: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """How to read the context again; for scorers with `replays`."""
+        raise NotImplementedError(f"{type(self).__name__} does not read the context again")
 
     def score(self, observation: Observation) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must implement score(observation)")

@@ -25,6 +25,10 @@ class CalibrationModel(Protocol):
         """Tokenises `texts` (None for the shipped sample) into `samples` rows of `length` tokens."""
         ...
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text, without special tokens."""
+        ...
+
     def average_kv(self) -> list[tuple[Tensor, Tensor]]:
         """For every layer its keys and values `[H_kv, T, D]`, averaged over the calibration rows."""
         ...

@@ -1,0 +1,101 @@
+"""Eviction that needs the whole prompt of all layers before anything is dropped (KVzip, budgets over all layers).
+
+The prompt then rests dense in the tails until its last forward is done. If the scorer asks for it, the model reads the
+prompt again. Then all layers decide together, and each is sealed in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.cache import KVCache
+from hf_kvcache.layers import KVCacheLayer, SlidingLayer
+
+# token ids [B, L], mask [B, seen + L] or None, positions [B, L] -> runs the decoder on the cache
+RunDecoder = Callable[[Tensor, "Tensor | None", Tensor], None]
+
+
+def settle(cache: KVCache, mask: Tensor | None, run: RunDecoder) -> None:
+    """Evicts from a cache that is pending, and seals it.
+
+    Args:
+        cache: whose prompt is complete and held dense.
+        mask: `[B, seen]`, 0 for padding; None when there is none.
+        run: the decoder.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, KVCacheLayer)]
+    prompt, copies = layers[0].prompt, layers[0].copies
+    rows = list(range(0, len(layers[0].tail.key), copies))
+    valid = None if mask is None else mask[rows, :prompt].bool()
+    if valid is None or bool(valid.all()):
+        groups = [(rows, torch.arange(prompt))]
+    else:
+        # rows of different lengths are judged one by one, as if each had come alone
+        groups = [([row], valid[index].nonzero()[:, 0]) for index, row in enumerate(rows)]
+    kept = [torch.zeros(len(rows), layer.tail.key.shape[1], prompt, dtype=torch.bool) for layer in layers]
+    for group, columns in groups:
+        if not len(columns):
+            continue
+        decided = _decide(cache, layers, group, columns, mask, run)
+        for index, layer_kept in enumerate(kept):
+            place = [rows.index(row) for row in group]
+            chosen = torch.ones(len(group), layer_kept.shape[1], len(columns), dtype=torch.bool)
+            if decided is not None:
+                chosen = decided[index].cpu()
+            layer_kept[torch.tensor(place)[:, None], :, columns[None]] = chosen.transpose(1, 2)
+    for layer, layer_kept in zip(layers, kept, strict=True):
+        layer.seal_pending(layer_kept.to(layer.tail.key.device))
+
+
+def _decide(
+    cache: KVCache,
+    layers: list[KVCacheLayer],
+    rows: list[int],
+    columns: Tensor,
+    mask: Tensor | None,
+    run: RunDecoder,
+) -> list[Tensor] | None:
+    """What to keep of some rows, `[rows, H_kv, columns]` for every layer; None for everything."""
+    policy = cache.spec.eviction
+    assert policy is not None and cache.prompt_ids is not None
+    if policy.budget_of_tokens(len(columns)) >= len(columns):
+        return None
+    for layer in layers:
+        layer.observe_pending(rows, columns, policy.scorer.replays)
+    try:
+        if policy.scorer.replays:
+            ids = cache.prompt_ids.to(columns.device)[rows][:, columns]
+            for start, end, tokens in policy.scorer.passes(ids):
+                with _replaying(cache, layers, rows, start, end):
+                    positions = torch.arange(len(columns), len(columns) + tokens.shape[1]).expand(len(rows), -1)
+                    seen = None if mask is None else torch.cat([mask[rows], mask.new_ones(tokens.shape)], dim=1)
+                    run(tokens, seen, positions)
+        return policy.keep_layers([layer.observation() for layer in layers])
+    finally:
+        for layer in layers:
+            layer.forget_observation()
+
+
+@contextmanager
+def _replaying(cache: KVCache, layers: list[KVCacheLayer], rows: list[int], start: int, end: int) -> Iterator[None]:
+    """The cache while a part of the prompt is read again: everything is as before when it ends."""
+    sliding = [layer for layer in cache.layers if isinstance(layer, SlidingLayer)]
+    states = [dict(layer.__dict__) for layer in sliding]
+    for layer in sliding:
+        layer.select_rows(rows)
+    for full in layers:
+        full.begin_replay(start, end)
+    cache.replaying = True
+    try:
+        yield
+    finally:
+        cache.replaying = False
+        for layer, state in zip(sliding, states, strict=True):
+            layer.__dict__.clear()
+            layer.__dict__.update(state)
+        for full in layers:
+            full.end_replay()
