@@ -153,10 +153,14 @@ class KVCacheLayer(CacheLayerMixin):
         """Seals what is complete: the prompt, then blocks of the tail."""
         if self._fresh is not None:
             self.prompt_length = self.prompt_length or self.seen
-            self.tail.adopt(*(tensor.detach() for tensor in self._fresh))
+            key, value = (tensor.detach() for tensor in self._fresh)
+            if self._deferred:
+                # read many times more before it is sealed
+                key, value = key.contiguous(), value.contiguous()
+            self.tail.adopt(key, value)
             self._fresh = self._fresh_mask = None
         if not self.segments and self.prompt_length and self.seen >= self.prompt_length:
-            if self.settings.policy is not None and self.settings.policy.deferred:
+            if self._deferred:
                 # the modules are still needed when all layers decide together
                 return
             # the last query sees every token but padding
@@ -177,10 +181,13 @@ class KVCacheLayer(CacheLayerMixin):
         return self.prompt_length or self.seen
 
     @property
+    def _deferred(self) -> bool:
+        return self.settings.policy is not None and self.settings.policy.deferred
+
+    @property
     def pending(self) -> bool:
         """Whether the prompt is complete and waits, dense, for a decision over all layers."""
-        deferred = self.settings.policy is not None and self.settings.policy.deferred
-        return deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
+        return self._deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
 
     def observe_pending(self, rows: list[int], columns: Tensor, replays: bool) -> None:
         """Takes some rows of the pending prompt, without padding, for a decision; `replays`: to be read again first."""

@@ -70,7 +70,8 @@ class Replay:
         return torch.cat(outs, dim=1)
 
     def _remember(self, query: Tensor, lse: Tensor, call: AttentionCall) -> None:
-        logits = torch.matmul(query, self.key[:, :, self._part].transpose(-1, -2)).float() * call.scale
+        # the small factor is scaled, not the large product
+        logits = torch.matmul(query * call.scale, self.key[:, :, self._part].transpose(-1, -2)).float()
         if call.softcap:
             logits = torch.tanh(logits / call.softcap) * call.softcap
         highest = logits.sub_(lse.unsqueeze(-1)).amax(2).exp_()
