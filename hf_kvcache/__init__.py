@@ -11,9 +11,18 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
     # a source checkout on a file system without symbolic links
     __path__.append(_root)
 
-from hf_kvcache.api import find_plan, find_plans, is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
+from hf_kvcache.api import (  # noqa: E402
+    compress,
+    find_plan,
+    find_plans,
+    is_patched,
+    load_cache,
+    new_cache,
+    patch_model,
+    unpatch_model,
+)
 from hf_kvcache.cache import KVCache  # noqa: E402
-from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
+from hf_kvcache.methods import METHODS, AdaKV, CriticalKV, KVSharer, KVzip, Method, Offload, SnapKV  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
 from hf_kvcache.spec import CacheSpec  # noqa: E402
@@ -22,13 +31,18 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "AdaKV",
     "CacheReport",
     "CacheSpec",
+    "CriticalKV",
     "KVCache",
     "KVSharer",
+    "KVzip",
     "Method",
     "Offload",
     "SharingPlan",
+    "SnapKV",
+    "compress",
     "find_plan",
     "find_plans",
     "is_patched",

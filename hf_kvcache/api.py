@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.probe import ModelProbe
@@ -96,6 +96,47 @@ def unpatch_model(model: ModelT) -> ModelT:
 def new_cache(model: nn.Module) -> KVCache:
     """An empty cache for a patched model, to pass as `past_key_values`."""
     return KVCache(require_attached(_base_model(model)).spec)
+
+
+@torch.no_grad()
+def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, chunk: int = 0) -> KVCache:
+    """Reads a context once and returns its compressed cache, to be asked many questions.
+
+    Copies of the cache share what is sealed, so ten questions do not hold ten caches. What is asked is never evicted,
+    unless `every` says so.
+
+    Args:
+        model: a patched model.
+        input_ids: the context `[B, T]`.
+        attention_mask: `[B, T]`, 0 for padding; None when there is none.
+        chunk: tokens read in one forward, which bounds the memory of activations; 0 to read all at once.
+
+    Example:
+        >>> patch_model(model, "kvzip", budget=0.25)
+        >>> cache = compress(model, context_ids)
+        >>> for question_ids in questions:
+        ...     ids = torch.cat([context_ids, question_ids], dim=1)
+        ...     model.generate(ids, past_key_values=copy.deepcopy(cache))
+    """
+    if input_ids.dim() != 2 or not input_ids.shape[1]:
+        raise ValueError(f"input_ids must be [B, T] with T >= 1, got shape {tuple(input_ids.shape)}")
+    if chunk < 0:
+        raise ValueError(f"chunk is a number of tokens, or 0 for all at once, got {chunk}")
+    target = _base_model(model)
+    cache, decoder = new_cache(target), require_attached(target).adapter.find_decoder(target)
+    length = input_ids.shape[1]
+    cache.expect(length)
+    positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    for start in range(0, length, chunk or length):
+        end = min(start + (chunk or length), length)
+        decoder(
+            input_ids=input_ids[:, start:end],
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            position_ids=None if positions is None else positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache
 
 
 def load_cache(model: nn.Module, path: str | Path) -> KVCache:
