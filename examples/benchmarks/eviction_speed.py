@@ -1,0 +1,153 @@
+"""Eviction on SmolLM2-135M against transformers' default cache: bytes, cost in prefill, decode, peak memory.
+
+float32 on the CPU. All methods run in one process, interleaved with the default cache; speeds are medians over
+repetitions of the ratio to the default within one repetition. Bytes are live storages right after the prefill, indices
+included. `prefill_overhead` is what scoring, selecting and compacting add to a plain prefill: the CPU time of a prefill
+with the method over that with `method=None`, less one. `peak_mb` is the most memory that a prefill takes above the level
+before it, in a fresh process each.
+
+    python examples/benchmarks/eviction_speed.py [--context 4096] [--budget 0.25] [--repetitions 5] [--steps 16]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import torch
+from common import write_results
+
+from hf_kvcache import patch_model, smollm2, unpatch_model
+from hf_kvcache.measure import cache_bytes, speed
+
+METHODS = {
+    "none": {},
+    "snapkv": {"window": 64},
+    "adakv": {"window": 64},
+    "criticalkv l2": {"norm": "l2"},
+    "adakv+criticalkv l2": {"norm": "l2"},
+    "adakv+criticalkv l1": {"norm": "l1"},
+    "kvzip": {},
+}
+
+
+def patch(model, tokenizer, name: str, budget: float) -> None:
+    method = name.split()[0]
+    if method == "none":
+        patch_model(model)
+    else:
+        patch_model(model, method, tokenizer=tokenizer, budget=budget, **METHODS[name])
+
+
+def context(tokenizer, length: int) -> torch.Tensor:
+    text = (files("hf_kvcache") / "data" / "demo.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+
+
+@torch.no_grad()
+def prefill_seconds(model, ids: torch.Tensor) -> float:
+    """CPU seconds of one prefill, which other work on the machine disturbs less than wall time."""
+    start = time.process_time()
+    model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    return time.process_time() - start
+
+
+def peak_memory(name: str, length: int, budget: float) -> float:
+    """Peak resident MB of a prefill above the level before it, in a fresh process."""
+    command = [sys.executable, __file__, "--peak-of", name, "--context", str(length), "--budget", str(budget)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def measure_peak(name: str, length: int, budget: float) -> None:
+    model, tokenizer = smollm2.load()
+    ids = context(tokenizer, length)
+    if name != "default":
+        patch(model, tokenizer, name, budget)
+    resident = Path("/proc/self/statm")
+    page_mb = 4096 / 2**20
+
+    def now() -> float:
+        return int(resident.read_text().split()[1]) * page_mb
+
+    done, highest = threading.Event(), [0.0]
+
+    def watch() -> None:
+        while not done.is_set():
+            highest[0] = max(highest[0], now())
+            time.sleep(0.002)
+
+    with torch.no_grad():
+        model(input_ids=ids[:, :256], use_cache=True, logits_to_keep=1)
+        before = now()
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        done.set()
+        thread.join()
+    print(json.dumps(highest[0] - before))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--budget", type=float, default=0.25)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which takes a process a method")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak_of:
+        measure_peak(options.peak_of, options.context, options.budget)
+        return
+    model, tokenizer = smollm2.load()
+    ids = context(tokenizer, options.context)
+    decode: dict[str, list[float]] = {name: [] for name in METHODS}
+    prefill: dict[str, list[float]] = {name: [] for name in METHODS}
+    held: dict[str, int] = {}
+    with torch.no_grad():
+        full_bytes = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
+    for _ in range(options.repetitions):
+        default = speed(model, ids, options.steps)
+        own = 0.0
+        for name in METHODS:
+            patch(model, tokenizer, name, options.budget)
+            seconds = prefill_seconds(model, ids)
+            own = seconds if name == "none" else own
+            prefill[name].append(seconds / own)
+            measured = speed(model, ids, options.steps)
+            decode[name].append(default.decode / measured.decode)
+            if name not in held:
+                with torch.no_grad():
+                    held[name] = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
+            unpatch_model(model)
+    peaks = {} if options.no_peak else {name: peak_memory(name, options.context, options.budget) for name in METHODS}
+    default_peak = 0.0 if options.no_peak else peak_memory("default", options.context, options.budget)
+    rows = []
+    for name in METHODS:
+        row = {
+            "method": name,
+            "context": options.context,
+            "budget": 1.0 if name == "none" else options.budget,
+            "kv_bytes_of_default": held[name] / full_bytes,
+            "prefill_overhead": median(prefill[name]) - 1,
+            "decode_speedup": median(decode[name]),
+            "decode_speedup_min": min(decode[name]),
+            "decode_speedup_max": max(decode[name]),
+            "repetitions": options.repetitions,
+        }
+        if peaks:
+            row |= {"peak_mb": peaks[name], "default_peak_mb": default_peak, "default_cache_mb": full_bytes / 2**20}
+        rows.append(row)
+    write_results(f"eviction_speed_{options.context}", rows)
+
+
+if __name__ == "__main__":
+    main()
