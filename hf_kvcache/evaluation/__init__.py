@@ -10,5 +10,6 @@ from hf_kvcache.evaluation.protocol import (
     score_answers,
     score_answers_aware,
 )
+from hf_kvcache.evaluation.suite import SUITE, SuiteTask
 from hf_kvcache.evaluation.task import Task
 from hf_kvcache.evaluation.tasks import make_task

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from hf_kvcache.evaluation import make_task
+from hf_kvcache.evaluation import SUITE, make_task
+from hf_kvcache.real_models import REAL_MODELS
 
 FILLER = " ".join(f"Sentence number {index} says nothing that matters." for index in range(90))
 IN_LENGTH = ["niah-1", "niah-4", "niah-8", "tracking-1", "tracking-2", "passkey", "kv", "func"]
@@ -79,6 +80,15 @@ def test_assignments_can_be_followed_forwards():
 
 def test_the_shipped_filler_is_used_without_another():
     assert "Shakespeare" in make_task("niah-1", words, 0, 3000).context
+
+
+@pytest.mark.parametrize("model", SUITE)
+def test_every_task_of_the_suite_can_be_made(model):
+    assert model in REAL_MODELS
+    names = [cell.task for cell in SUITE[model]]
+    assert len(set(names)) == len(names)
+    for cell in SUITE[model]:
+        assert make_task(cell.task, words, 0, cell.length).name == cell.task
 
 
 @pytest.mark.parametrize(
