@@ -42,14 +42,28 @@ class Continuation:
 
 @torch.no_grad()
 def continuation(model: Any, ids: Tensor, prefix: int) -> Continuation:
-    """Prefills `ids[:, :prefix]` and scores the rest of `ids` `[1, T]` through the cache.
-
-    The first token after the prefix is left out: the dense prefill predicts it, whatever the method.
-    """
+    """Prefills `ids[:, :prefix]` and scores the rest of `ids` `[1, T]` through the cache."""
     filled = model(input_ids=ids[:, :prefix], use_cache=True, logits_to_keep=1)
-    kv_bytes = cache_bytes(filled.past_key_values)
-    logits = model(input_ids=ids[:, prefix:-1], past_key_values=filled.past_key_values).logits
-    return Continuation(logits[0].float().log_softmax(-1), ids[0, prefix + 1 :], kv_bytes)
+    return continued(model, filled.past_key_values, ids[:, prefix:], prefix)
+
+
+@torch.no_grad()
+def continued(model: Any, cache: Any, ids: Tensor, position: int) -> Continuation:
+    """Scores `ids` `[1, T]` through a cache that is filled already, and fills it further.
+
+    The first token is left out: the prefill predicts it, whatever the method.
+
+    Args:
+        model: that filled the cache.
+        cache: ours, or any other that the model takes.
+        ids: the text that follows.
+        position: of its first token. It is said and not read off the cache, because a foreign cache that dropped tokens
+            does not know it.
+    """
+    kv_bytes = cache_bytes(cache)
+    positions = torch.arange(position, position + ids.shape[1] - 1, device=ids.device)[None]
+    logits = model(input_ids=ids[:, :-1], past_key_values=cache, position_ids=positions).logits
+    return Continuation(logits[0].float().log_softmax(-1), ids[0, 1:], kv_bytes)
 
 
 def kl_divergence(full: Continuation, other: Continuation) -> float:

@@ -152,7 +152,12 @@ def live_tensors(root: Any) -> Iterator[Tensor]:
             continue
         seen.add(id(item))
         if isinstance(item, Tensor):
-            yield item
+            # a quantised tensor of another library is a shell around the tensors that hold it
+            parts = getattr(item, "__tensor_flatten__", None)
+            if parts is None:
+                yield item
+            else:
+                pending += [getattr(item, name) for name in parts()[0]]
         elif isinstance(item, Mapping):
             pending += item.values()
         elif isinstance(item, (Sequence, Set)):

@@ -52,3 +52,10 @@ def test_foreign_cache_is_refused():
     with pytest.raises(TypeError, match="takes the KVCache of a patched model, got a DynamicCache"):
         report(DynamicCache())
     unpatch_model(tiny_model("llama"))
+
+
+def test_a_shell_around_tensors_is_counted_by_what_it_holds():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    parts = torch.zeros(3, 4), torch.ones(3, 4)
+    assert live_bytes({"quantised": TwoTensor(*parts)}) == sum(part.nbytes for part in parts)

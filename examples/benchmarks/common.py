@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+
+from hf_kvcache.real_models import REAL_MODELS
 
 RESULTS = Path(__file__).parent / "results"
 TEST_TEXTS = Path(__file__).parents[2] / "tests" / "data"
@@ -37,6 +40,21 @@ def evaluation_texts() -> dict[str, str]:
     }
 
 
+def prose(seed: int) -> str:
+    """Filler for a task: seeds take novel, speeches and encyclopedia in turn."""
+    domain = ("novel", "speeches", "encyclopedia")[seed % 3]
+    return (TEST_TEXTS / f"{domain}.txt").read_text(encoding="utf-8")
+
+
+def real_models(names: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
+    """Name, model in float32 and tokenizer of those that can be loaded; says why another one is left out."""
+    for name in names:
+        if REAL_MODELS[name].available:
+            yield name, *REAL_MODELS[name].load()
+        else:
+            print(f"skipping {name}: it is not installed; run: {REAL_MODELS[name].install}")
+
+
 def windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
     """`[count, length]` token ids, spread evenly over a text."""
     ids = torch.tensor(tokenizer(text[:400_000], add_special_tokens=False)["input_ids"])
@@ -46,25 +64,47 @@ def windows(tokenizer: Any, text: str, count: int, length: int) -> torch.Tensor:
 
 def write_results(name: str, rows: list[dict[str, Any]]) -> None:
     """Prints the rows and writes `results/<name>.csv`, each row with the command and the versions that made it."""
-    made_by = {
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    Console(width=200).print(table)
+    _write(name, [row | made_by() for row in rows])
+
+
+def add_results(name: str, row: dict[str, Any], key: Sequence[str]) -> None:
+    """Prints a row and adds it to `results/<name>.csv`; it replaces the row with the same values of `key`."""
+    row = {column: _text(value) for column, value in (row | made_by()).items()}
+    path = RESULTS / f"{name}.csv"
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    if rows and list(rows[0]) != list(row):
+        raise ValueError(f"{path} has other columns than the row to add; move it away: {list(rows[0])}")
+    print({column: value for column, value in row.items() if column not in made_by()})
+    _write(name, [other for other in rows if any(other[column] != row[column] for column in key)] + [row])
+
+
+def made_by() -> dict[str, Any]:
+    """The command and the versions that make a row."""
+    return {
         "command": shlex.join(["python", *sys.argv]),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
         "processor": platform.machine(),
     }
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
-    Console(width=200).print(table)
+
+
+def _write(name: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *made_by], lineterminator="\n")
+        writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: _text(value) for key, value in (row | made_by).items()} for row in rows)
+        writer.writerows({column: _text(value) for column, value in row.items()} for row in rows)
     print(f"wrote {path}")
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
