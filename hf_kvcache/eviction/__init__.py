@@ -1,19 +1,20 @@
 """Which tokens are kept: the second axis. A policy is a scorer, an allocator and a selector."""
 
-from hf_kvcache.eviction.observation import Observation, Reading
+from hf_kvcache.eviction.observation import Observation, Reading, Rotation
 from hf_kvcache.eviction.perturbation import perturbation_bound
-from hf_kvcache.eviction.policy import EvictionPolicy, tokens_to_keep
+from hf_kvcache.eviction.policy import EvictionPolicy, Limits
 from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
 
 __all__ = [
     "Allocator",
     "EvictionPolicy",
+    "Limits",
     "Observation",
     "Reading",
+    "Rotation",
     "Scorer",
     "Selector",
     "TopK",
     "Uniform",
     "perturbation_bound",
-    "tokens_to_keep",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from hf_kvcache.eviction.observation import Observation
 from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
 
 DEFAULT_BUDGET = 0.5
+
+
+class Limits(NamedTuple):
+    """A budget in tokens a KV head, and how many of them are the first and the last ones."""
+
+    budget: int
+    sinks: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -33,17 +42,29 @@ class EvictionPolicy:
 
     def __post_init__(self):
         check_budget(self.budget, self.every)
-        protected = self.scorer.window + self.scorer.sinks
-        if isinstance(self.budget, int) and self.budget <= protected:
-            raise ValueError(
-                f"budget={self.budget} must exceed the tokens that {self.scorer.name!r} always keeps: "
-                f"{self.scorer.sinks} first and {self.scorer.window} last; raise it, or lower the window or sinks"
-            )
+        if isinstance(self.budget, int):
+            _, sinks, window = self.limits(self.budget + 1)
+            if self.budget <= sinks + window:
+                raise ValueError(
+                    f"budget={self.budget} must exceed the tokens that {self.scorer.name!r} always keeps: "
+                    f"{sinks} first and {window} last; raise it, or lower the window or sinks"
+                )
         if self.every is not None and not self.scorer.while_decoding:
             raise ValueError(
                 f"every={self.every} evicts while decoding, which {self.scorer.name!r} is not defined for; "
-                "use a scorer that is (h2o, tova, snapkv, rkv, streamingllm, knorm), or leave every out"
+                "use a scorer that is (h2o, tova, snapkv, rkv, defensivekv, streamingllm, knorm, keydiff, random), "
+                "or leave every out"
             )
+
+    def limits(self, tokens: int) -> Limits:
+        """What the budget means for a row of `tokens`; a share that is less than what is protected gives way to it."""
+        sinks, window = self.scorer.sinks, self.scorer.window
+        budget = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
+        if isinstance(window, float):
+            window = int(window * min(budget, tokens))
+        if isinstance(self.budget, float):
+            budget = max(budget, sinks + window)
+        return Limits(min(budget, tokens), min(sinks, tokens), min(window, tokens))
 
     def keep(self, observation: Observation) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Decides about all tokens of a layer.
@@ -54,11 +75,11 @@ class EvictionPolicy:
         """
         scorer, valid = self.scorer, observation.valid
         batch, heads, tokens, _ = observation.key.shape
-        budget = tokens_to_keep(self.budget, observation.tokens or tokens, scorer.window + scorer.sinks)
-        if budget >= tokens and not (self.every and scorer.carried):
+        budget, sinks, window = self.limits(observation.seen)
+        if budget >= observation.seen and not (self.every and scorer.carried):
             return None
         score = scorer.score(observation)
-        if not bool(torch.isfinite(score).all()):
+        if not bool(torch.isfinite(score if valid is None else score.masked_fill(~valid, 0)).all()):
             raise FloatingPointError(
                 f"{scorer.name!r} gave a score that is not finite in layer {observation.layer} of those that evict; "
                 "nothing was dropped. Keys, values or queries hold NaN or infinity: check the model's dtype"
@@ -72,20 +93,13 @@ class EvictionPolicy:
             limit = valid.sum(-1)
             rank = valid.cumsum(-1) - 1
             score = score.masked_fill(~valid, -torch.inf)
-        protected = (rank < scorer.sinks) | (column >= tokens - scorer.window)
+        protected = (rank < sinks) | (column >= tokens - window)
         if valid is not None:
             protected &= valid
         score = score.masked_fill(protected, torch.inf)
-        always = min(scorer.sinks + scorer.window, tokens)
+        always = min(sinks + window, tokens)
         counts = self.allocator.allocate(score, budget, limit, always, observation)
         return self.selector.select(score, counts, observation), remembered
-
-
-def tokens_to_keep(budget: int | float, tokens: int, protected: int) -> int:
-    """How many of `tokens` a budget means; a share that is less than what is protected gives way to it."""
-    if isinstance(budget, int):
-        return min(budget, tokens)
-    return min(max(int(budget * tokens), protected), tokens)
 
 
 def check_budget(budget: int | float, every: int | None) -> None:

@@ -21,19 +21,21 @@ class Scorer(Protocol):
 
     Attributes:
         name: of the method.
-        window: how many of the last tokens are always kept.
+        window: how many of the last tokens are always kept; a float is a share of the budget.
         sinks: how many of the first tokens are always kept.
         queries: how many of the last queries `score` looks at; None for all of them, 0 for none.
         carried: names of values of every token that `score` returns to be remembered with it.
         while_decoding: whether it can score a set from which tokens are missing already.
+        rotates: whether it needs the rotary embeddings (`Reading.rotate`).
     """
 
     name: ClassVar[str]
     carried: ClassVar[tuple[str, ...]]
     while_decoding: ClassVar[bool]
+    rotates: ClassVar[bool]
 
     @property
-    def window(self) -> int: ...
+    def window(self) -> int | float: ...
 
     @property
     def sinks(self) -> int: ...

@@ -45,6 +45,7 @@ class ScoringMethod(EvictionMethod):
     slot: ClassVar[str] = "scorer"
     carried: ClassVar[tuple[str, ...]] = ()
     while_decoding: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
 
     window: int = 0
     sinks: int = 0
