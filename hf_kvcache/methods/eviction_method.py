@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -47,15 +47,17 @@ class ScoringMethod(EvictionMethod):
     while_decoding: ClassVar[bool] = False
     rotates: ClassVar[bool] = False
 
-    window: int = 0
+    window: int | float = 0
     sinks: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("window", "sinks"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} is a number of tokens, at least 0, got {count!r}")
+        self.check_window()
+        check_count("sinks", self.sinks)
+
+    def check_window(self) -> None:
+        """Raises for a window that is no number of tokens."""
+        check_count("window", self.window)
 
     @property
     def queries(self) -> int | None:
@@ -68,3 +70,9 @@ class ScoringMethod(EvictionMethod):
     def remember(self, observation: Observation, score: Tensor) -> dict[str, Tensor]:
         """Nothing, unless a subclass names it in `carried`."""
         return {}
+
+
+def check_count(name: str, count: Any, least: int = 0) -> None:
+    """Raises unless the option `name` is a number of tokens of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} is a number of tokens, at least {least}, got {count!r}")
