@@ -4,6 +4,7 @@ from hf_kvcache.methods.adakv import AdaKV
 from hf_kvcache.methods.criticalkv import CriticalKV
 from hf_kvcache.methods.defensivekv import DefensiveKV
 from hf_kvcache.methods.eviction_method import EvictionMethod, ScoringMethod
+from hf_kvcache.methods.expected_attention import ExpectedAttention
 from hf_kvcache.methods.h2o import H2O
 from hf_kvcache.methods.keydiff import KeyDiff
 from hf_kvcache.methods.knorm import Knorm
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         Knorm,
         KeyDiff,
         LagKV,
+        ExpectedAttention,
         RKV,
         DefensiveKV,
         Random,
@@ -47,6 +49,7 @@ __all__ = [
     "CriticalKV",
     "DefensiveKV",
     "EvictionMethod",
+    "ExpectedAttention",
     "KVSharer",
     "KeyDiff",
     "Knorm",
