@@ -12,6 +12,7 @@ from hf_kvcache.methods.kvsharer import KVSharer
 from hf_kvcache.methods.lagkv import LagKV
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.methods.offload import Offload
+from hf_kvcache.methods.pyramidkv import PyramidKV
 from hf_kvcache.methods.random import Random
 from hf_kvcache.methods.rkv import RKV
 from hf_kvcache.methods.snapkv import SnapKV
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         DefensiveKV,
         Random,
         AdaKV,
+        PyramidKV,
         CriticalKV,
         Offload,
     )
@@ -56,6 +58,7 @@ __all__ = [
     "LagKV",
     "Method",
     "Offload",
+    "PyramidKV",
     "Random",
     "ScoringMethod",
     "SnapKV",
