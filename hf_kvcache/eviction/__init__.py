@@ -1,5 +1,6 @@
 """Which tokens are kept: the second axis. A policy is a scorer, an allocator and a selector."""
 
+from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.eviction.observation import Observation, Reading, Rotation
 from hf_kvcache.eviction.perturbation import perturbation_bound
 from hf_kvcache.eviction.policy import EvictionPolicy, Limits
@@ -8,6 +9,7 @@ from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
 __all__ = [
     "Allocator",
     "EvictionPolicy",
+    "HeadImportance",
     "Limits",
     "Observation",
     "Reading",

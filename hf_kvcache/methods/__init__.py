@@ -6,6 +6,7 @@ from hf_kvcache.methods.defensivekv import DefensiveKV
 from hf_kvcache.methods.eviction_method import EvictionMethod, ScoringMethod
 from hf_kvcache.methods.expected_attention import ExpectedAttention
 from hf_kvcache.methods.h2o import H2O
+from hf_kvcache.methods.headkv import HeadKV
 from hf_kvcache.methods.keydiff import KeyDiff
 from hf_kvcache.methods.knorm import Knorm
 from hf_kvcache.methods.kvsharer import KVSharer
@@ -36,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
         Random,
         AdaKV,
         PyramidKV,
+        HeadKV,
         CriticalKV,
         Offload,
     )
@@ -52,6 +54,7 @@ __all__ = [
     "DefensiveKV",
     "EvictionMethod",
     "ExpectedAttention",
+    "HeadKV",
     "KVSharer",
     "KeyDiff",
     "Knorm",
