@@ -11,8 +11,18 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
     # a source checkout on a file system without symbolic links
     __path__.append(_root)
 
-from hf_kvcache.api import find_plan, find_plans, is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
+from hf_kvcache.api import (  # noqa: E402
+    find_plan,
+    find_plans,
+    is_patched,
+    load_cache,
+    measure_heads,
+    new_cache,
+    patch_model,
+    unpatch_model,
+)
 from hf_kvcache.cache import KVCache  # noqa: E402
+from hf_kvcache.eviction import HeadImportance  # noqa: E402
 from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
@@ -24,6 +34,7 @@ __all__ = [
     "METHODS",
     "CacheReport",
     "CacheSpec",
+    "HeadImportance",
     "KVCache",
     "KVSharer",
     "Method",
@@ -33,6 +44,7 @@ __all__ = [
     "find_plans",
     "is_patched",
     "load_cache",
+    "measure_heads",
     "new_cache",
     "patch_model",
     "report",

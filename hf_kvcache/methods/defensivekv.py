@@ -5,7 +5,7 @@ future. Defensive aggregation, for every KV head, in its order:
 
     1. attention weights A of the last `window` queries over all tokens
     2. worst case: maximum over the queries of the window and over the query heads of the group
-    3. prior risk: no token counts less than the mean over the tokens
+    3. prior risk: no token counts less than the mean of that over the tokens
     4. average pooling along the sequence; the window is always kept
 
 This file is the score. The rest of the published method is composed: `adakv` splits the budget over the heads, and
@@ -14,7 +14,8 @@ authors' selector differs from CriticalKV's in that stage 1 ends when it holds 0
 the budget; layer budgets (Layer-DefensiveKV) need all layers' scores at once and are not here.
 
 Defaults as in the authors' code: window 32, average pooling of 5. The mean of step 3 is over the tokens outside the
-window, which compete. In which order the authors pool and correct is not confirmed.
+window, which compete, and tokens below it keep their order by a thousandth, where the published floor makes them equal
+and leaves the choice among them to chance. In which order the authors pool and correct is not confirmed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from hf_kvcache.eviction import Observation
 from hf_kvcache.methods.snapkv import SnapKV, pool
+
+ORDER_BELOW_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,4 +56,5 @@ class DefensiveKV(SnapKV):
             prior = (free * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp_min(1)
             # a place without a token must not lend its floor to its neighbours in the pooling
             prior = prior * observation.valid
-        return pool(worst.maximum(prior), self.kernel_size, self.pooling, self.window)
+        floor = prior + worst * ORDER_BELOW_FLOOR
+        return pool(worst.maximum(floor), self.kernel_size, self.pooling, self.window)
