@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.probe import ModelProbe
+from hf_kvcache.eviction import HeadImportance
 from hf_kvcache.fingerprint import fingerprint, matches
-from hf_kvcache.methods import KVSharer, Method
+from hf_kvcache.methods import KVSharer, Method, headkv
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
@@ -85,6 +86,31 @@ def find_plans(model: nn.Module, methods: Sequence[KVSharer], *, tokenizer: Any 
     with torch.inference_mode(False):
         probe = _probe(target, tokenizer)
         return [method.find_plan(probe) for method in methods]
+
+
+def measure_heads(
+    model: nn.Module, *, samples: int = headkv.SAMPLES, length: int = headkv.LENGTH, tokenizer: Any = None
+) -> HeadImportance:
+    """Measures on an unpatched model how much every head matters for retrieval, to save or to patch with.
+
+    Args:
+        model: an unpatched model that can answer a question about a text.
+        samples: number of questions.
+        length: tokens of each text.
+        tokenizer: None to look for one at the place the model was loaded from.
+
+    Example:
+        >>> measure_heads(model, tokenizer=tokenizer).save("heads.safetensors")
+        >>> patch_model(model, "headkv", importance="heads.safetensors")
+    """
+    target = _base_model(model)
+    if attached(target) is not None:
+        raise ValueError("heads are measured on the untouched model, and this one is patched; call unpatch_model first")
+    for name, count in (("samples", samples), ("length", length)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive int, got {count!r}")
+    with torch.inference_mode(False):
+        return _probe(target, tokenizer).head_importance(samples, length)
 
 
 def unpatch_model(model: ModelT) -> ModelT:

@@ -9,6 +9,7 @@ attention runs on them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_kvcache.eviction import Rotation
 from hf_kvcache.sharing import SharingPlan
 
 # name of our function by the attention that the model had; no name holds "flash", which transformers looks for
@@ -79,6 +81,7 @@ class AttentionCall:
         scale: factor of the scores.
         base: the attention implementation that the model had.
         dropout: of the attention weights.
+        rotation: gives the rotary embedding of an attention module; None where nobody asked for it.
         extra: the remaining keyword arguments of the model.
     """
 
@@ -88,6 +91,7 @@ class AttentionCall:
     scale: float
     base: str
     dropout: float = 0.0
+    rotation: Callable[[torch.nn.Module], Rotation] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -152,11 +156,12 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     kv_sharing: SharingContext | None = None,
+    kv_rotation: Callable[[torch.nn.Module], Rotation] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function; `key` is a cache layer, or a tensor in a forward without a cache."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    call = AttentionCall(module, query, attention_mask, scale, base, dropout, kwargs)
+    call = AttentionCall(module, query, attention_mask, scale, base, dropout, kv_rotation, kwargs)
     if not isinstance(key, Tensor):
         return key.attend(call).to(query.device), None
     if kv_sharing is not None:

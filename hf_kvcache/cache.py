@@ -32,7 +32,7 @@ class KVCache(Cache):
 
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
-        last_reader, policy, evicting = spec.sharing.last_reader, spec.eviction, spec.evicting
+        last_reader, policy, evicting, readers = spec.sharing.last_reader, spec.eviction, spec.evicting, spec.readers
         layers: list[KVCacheLayer | SlidingLayer | ConsumerLayer] = []
         for layer, (source, window) in enumerate(zip(spec.sharing.source_layers, spec.sliding_windows, strict=True)):
             if source != layer:
@@ -40,8 +40,15 @@ class KVCache(Cache):
             elif window is not None:
                 layers.append(SlidingLayer(window, last_reader[layer]))
             else:
-                place = evicting.index(layer), len(evicting)
-                settings = LayerSettings(spec.codecs[layer], spec.store, last_reader[layer], policy, place, spec.output)
+                settings = LayerSettings(
+                    spec.codecs[layer],
+                    spec.store,
+                    last_reader[layer],
+                    policy,
+                    evicting.index(layer),
+                    readers,
+                    spec.output,
+                )
                 layers.append(KVCacheLayer(settings))
         super().__init__(layers=layers)
         # of a prompt that all layers will evict from together, which may need to be read again

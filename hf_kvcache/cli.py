@@ -70,13 +70,40 @@ def calibrate_kvsharer(
     console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
 
 
+@calibrate_app.command("headkv")
+def calibrate_headkv(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the importance to.")],
+    samples: Annotated[int, typer.Option(help="Number of questions.")] = 24,
+    length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
+) -> None:
+    """Measure with needles in long texts how much every head matters for retrieval, and save it."""
+    from hf_kvcache.api import measure_heads
+
+    loaded, tokenizer = load_model(model)
+    importance = measure_heads(loaded, samples=samples, length=length, tokenizer=tokenizer)
+    importance.save(output)
+    layers, heads = importance.values.shape
+    console.print(f"{importance.settings['answered']} of {samples} questions answered; {layers} layers x {heads} heads")
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+
+
 @app.command()
-def report(path: Annotated[Path, typer.Argument(help="A saved plan or cache.")]) -> None:
+def report(path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")]) -> None:
     """Say what is in a file that this library wrote."""
     from hf_kvcache import persistence, safefile, sharing
+    from hf_kvcache.eviction import importance
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
     found = description["format"]
+    if found == importance.FORMAT:
+        values = tensors["values"]
+        console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(values)} layers")
+        console.print(f"settings: {description['settings']}")
+        for head in values.flatten().argsort(descending=True)[:8].tolist():
+            layer, place = divmod(head, values.shape[1])
+            console.print(f"layer {layer} head {place}: {values[layer, place] / values.sum():.3f} of all importance")
+        return
     sources = description["source_layers"]
     console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")
     console.print("sharing: " + (plan_text(sharing.SharingPlan(tuple(sources))) or "none"))

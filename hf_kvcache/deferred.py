@@ -62,7 +62,7 @@ def _decide(
     """What to keep of some rows, `[rows, H_kv, columns]` for every layer; None for everything."""
     policy = cache.spec.eviction
     assert policy is not None and cache.prompt_ids is not None
-    if policy.budget_of_tokens(len(columns)) >= len(columns):
+    if policy.limits(len(columns)).budget >= len(columns):
         return None
     for layer in layers:
         layer.observe_pending(rows, columns, policy.scorer.replays)

@@ -106,6 +106,14 @@ class CacheSpec:
         producers = (layer for layer, source in enumerate(self.sharing.source_layers) if layer == source)
         return tuple(layer for layer in producers if self.sliding_windows[layer] is None)
 
+    @property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """For every layer that eviction applies to, the layers that read its KV, itself first."""
+        sources = self.sharing.source_layers
+        return tuple(
+            tuple(layer for layer, source in enumerate(sources) if source == producer) for producer in self.evicting
+        )
+
     def check(self) -> None:
         """Raises when the sharing plan does not fit the model, or the eviction slots do not fit each other."""
         if self.scorer is None and {"allocator", "selector"} & set(self.filled_by):

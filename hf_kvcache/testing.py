@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_kvcache.eviction import Observation, Reading
 from hf_kvcache.patches.adapters import ADAPTERS
 
 FAMILIES: tuple[str, ...] = tuple(sorted(ADAPTERS))
@@ -110,6 +111,76 @@ def random_ids(batch: int = 1, length: int = 20, seed: int = 0, vocabulary: int 
     """Random token ids `[batch, length]` without the padding token; equal for equal arguments."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.randint(PAD + 1, vocabulary, (batch, length), generator=generator)
+
+
+def random_observation(
+    batch: int = 2,
+    heads: int = 2,
+    group: int = 3,
+    tokens: int = 40,
+    queries: int = 12,
+    dim: int = 8,
+    readings: int = 1,
+    holes: int = 0,
+    seed: int = 0,
+    **fields: Any,
+) -> Observation:
+    """What an eviction method is shown, at random.
+
+    Args:
+        batch, heads, group, tokens, queries, dim: B, H_kv, query heads a KV head, T, W and D.
+        readings: how many layers read the KV.
+        holes: up to so many tokens are missing of every row and head, as after an eviction: what is held lies at the
+            end, in the order of the sequence.
+        seed: of all numbers.
+        fields: further fields of the observation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    key, value = 1.5 * draw(batch, heads, tokens, dim) + draw(dim), draw(batch, heads, tokens, dim)
+    found = []
+    for _ in range(readings):
+        output = nn.Linear(heads * group * dim, 16, bias=False)
+        output.weight.data = draw(*output.weight.shape)
+        found.append(Reading(1.5 * draw(batch, heads * group, queries, dim), output))
+    if holes:
+        missing = torch.randint(0, holes + 1, (batch, heads, 1), generator=generator)
+        fields["valid"] = torch.arange(tokens) >= missing
+        # a random choice of the places of a sequence that is longer
+        seen = tokens + holes
+        places = torch.rand(batch, heads, seen, generator=generator).argsort(-1)[..., :tokens].sort(-1).values
+        fields |= {"tokens": seen, "positions": places}
+    return Observation(key, value, found, dim**-0.5, **fields)
+
+
+def plain_attention(observed: Observation, row: int, head: int, last: int | None = None) -> list[Tensor]:
+    """Attention weights over the tokens held of one KV head, query by query, in float64.
+
+    Returns:
+        `[W, T]` for every query head that reads it: layer after layer, head after head.
+    """
+    key = observed.key[row, head].double()
+    valid = torch.ones(len(key), dtype=torch.bool) if observed.valid is None else observed.valid[row, head]
+    found = []
+    for reading in observed.readings:
+        assert reading.query is not None
+        queries = reading.query[row].double()
+        group = len(queries) // observed.key.shape[1]
+        for member in range(head * group, (head + 1) * group):
+            rows = []
+            for query in range(queries.shape[1])[-(last or queries.shape[1]) :]:
+                logits = torch.full((len(key),), -torch.inf, dtype=torch.float64)
+                for column in range(len(key) - queries.shape[1] + query + 1):
+                    if valid[column]:
+                        logits[column] = key[column] @ queries[member, query] * observed.scale
+                        if observed.softcap:
+                            logits[column] = observed.softcap * torch.tanh(logits[column] / observed.softcap)
+                rows.append(logits.softmax(-1))
+            found.append(torch.stack(rows))
+    return found
 
 
 def left_pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

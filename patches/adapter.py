@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hf_kvcache.patches.rotary import Rotary
+
 
 class KVProjections(Protocol):
     """How a family makes keys and values from hidden states, and how to make it stop."""
@@ -30,6 +32,7 @@ class Adapter:
         query: the attribute of the attention module that makes its queries alone, None where there is none.
         output: the attribute of the attention module that projects its heads to the residual stream (W_O).
         norm: the attribute of the decoder that holds the final norm.
+        rotary: where its rotary embedding is.
     """
 
     kv: KVProjections
@@ -39,6 +42,7 @@ class Adapter:
     query: str | None = "q_proj"
     output: str = "o_proj"
     norm: str = "norm"
+    rotary: Rotary = Rotary()  # noqa: RUF009 - a frozen value
 
     def find_decoder(self, model: nn.Module) -> nn.Module:
         """The decoder of `model`, which may be the decoder itself."""
@@ -55,6 +59,7 @@ class Adapter:
         try:
             layers = self.find_layers(model)
             attrgetter(self.norm)(self.find_decoder(model))
+            attrgetter(self.rotary.module)(self.find_decoder(model))
             for layer in layers:
                 attrgetter(f"{self.attention}.{self.output}")(layer)
                 self.kv.skip(getattr(layer, self.attention))

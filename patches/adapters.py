@@ -6,13 +6,14 @@ from torch import nn
 
 from hf_kvcache.patches.adapter import Adapter, SeparateKV
 from hf_kvcache.patches.phi3 import FusedQKV
+from hf_kvcache.patches.rotary import Rotary
 
 LLAMA = Adapter(kv=SeparateKV())
 
 ADAPTERS: dict[str, Adapter] = {
     "arcee": LLAMA,
     "cohere": LLAMA,
-    "cohere2": LLAMA,
+    "cohere2": Adapter(kv=SeparateKV(), rotary=Rotary(switch="sliding_window")),
     "gemma": LLAMA,
     "gemma2": LLAMA,
     "gemma3_text": LLAMA,
@@ -31,7 +32,7 @@ ADAPTERS: dict[str, Adapter] = {
     "qwen3": LLAMA,
     "qwen3_moe": LLAMA,
     "seed_oss": LLAMA,
-    "smollm3": LLAMA,
+    "smollm3": Adapter(kv=SeparateKV(), rotary=Rotary(switch="use_rope")),
     "starcoder2": LLAMA,
 }
 

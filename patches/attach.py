@@ -22,6 +22,7 @@ from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
+from hf_kvcache.patches.rotary import Rotary
 from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
@@ -83,7 +84,7 @@ class Attachment:
             self.frozen += [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name), with_kwargs=True)
+        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name, self.adapter.rotary), with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:
             decoder.register_forward_hook(after_decoder, with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
@@ -186,8 +187,8 @@ class BeforeDecoder:
     A class, not a closure, so that a patched model can be copied and pickled.
     """
 
-    def __init__(self, spec: CacheSpec, name: str) -> None:
-        self.spec, self.name = spec, name
+    def __init__(self, spec: CacheSpec, name: str, rotary: Rotary) -> None:
+        self.spec, self.name, self.rotary = spec, name, rotary
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -212,6 +213,8 @@ class BeforeDecoder:
                     "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
                 )
             kwargs["kv_sharing"] = SharingContext(self.spec.sharing)
+        if cache is not None and self.spec.scorer is not None and self.spec.scorer.rotates:
+            kwargs["kv_rotation"] = partial(self.rotary.of, decoder)
         return args, kwargs
 
     def _check(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -2,9 +2,9 @@
 
 float32 on the CPU. All methods run in one process, interleaved with the default cache; speeds are medians over
 repetitions of the ratio to the default within one repetition. Bytes are live storages right after the prefill, indices
-included. `prefill_overhead` is what scoring, selecting and compacting add to a plain prefill: the CPU time of a prefill
-with the method over that with `method=None`, less one. `peak_mb` is the most memory that a prefill takes above the level
-before it, in a fresh process each.
+included. `prefill_overhead` is what scoring, selecting and compacting add to a plain prefill: the CPU time of a
+prefill with the method over that with `method=None`, less one. `peak_mb` is the most memory that a prefill takes above
+the level before it, in a fresh process each.
 
     python examples/benchmarks/eviction_speed.py [--context 4096] [--budget 0.25] [--repetitions 5] [--steps 16]
 """

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from hf_kvcache.attention import SharingContext
 from hf_kvcache.calibration.healing import PairJudge, heal_plan
+from hf_kvcache.calibration.retrieval_heads import measure_head_importance
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer, token_windows
+from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
 from hf_kvcache.sharing import SharingPlan
@@ -120,6 +122,10 @@ class ModelProbe:
                 self._pair_judge = self._pair_judge or PairJudge(self)
                 self._divergences[consumer, source] = self._pair_judge.divergence(consumer, source)
         return self._divergences[consumer, source]
+
+    def head_importance(self, samples: int, length: int) -> HeadImportance:
+        """How much every head matters for retrieval (see `calibration.retrieval_heads`)."""
+        return measure_head_importance(self, samples, length)
 
     @torch.no_grad()
     def heal(self, plan: SharingPlan) -> SharingPlan:

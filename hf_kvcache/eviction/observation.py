@@ -7,15 +7,28 @@ unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 # scores of at most so many (query, key) pairs are in memory at once
 PAIRS_AT_ONCE = 1 << 22
+
+
+class Rotation(Protocol):
+    """The rotary embedding of one layer."""
+
+    def __call__(self, vectors: Tensor, positions: Tensor, inverse: bool = False) -> Tensor:
+        """Vectors `[..., P, D]` before RoPE at positions `[P]` as they are after it; `inverse` is the way back."""
+        ...
+
+    def mean(self, positions: Tensor) -> Tensor:
+        """The mean over positions `[P]` of the matrices `[D, D]` by which RoPE multiplies row vectors."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,10 +38,12 @@ class Reading:
     Args:
         query: its last queries, after RoPE, `[B, H_q, W, D]`; None when the method wants none.
         output: the module that projects its heads to the residual stream.
+        rotate: its rotary embedding; None unless the method asks for it (`Scorer.rotates`).
     """
 
     query: Tensor | None
     output: nn.Module
+    rotate: Rotation | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +56,13 @@ class Observation:
         scale: factor of the attention scores.
         softcap: their tanh cap, 0 for none.
         layer: the place of this layer among those that evict, and `num_layers`, how many these are.
-        tokens: of every row, `[B]`, how many were processed so far, dropped ones included.
+        readers: for every layer that evicts, the layers of the model that read its KV, itself first.
+        tokens: of every row, how many were processed so far, dropped ones included; None when none was dropped.
+        positions: `[B, H_kv, T]`, the place of every token in its sequence; None when they are 0 .. T - 1.
         valid: `[B, H_kv, T]`, False where an earlier eviction left no entry; None when all are there.
         carried: what the scorer remembered of every token, `[B, H_kv, T]` by name (see `Scorer.carried`).
         replayed: `[B, H_kv, T]`, the highest attention that each token got while the context was read again (see
             `Scorer.passes`); None when it was not.
-        rotate: turns vectors `[..., P, D]` before RoPE at positions `[P]` into vectors after it, or back.
     """
 
     key: Tensor
@@ -56,15 +72,28 @@ class Observation:
     softcap: float = 0.0
     layer: int = 0
     num_layers: int = 1
+    readers: tuple[tuple[int, ...], ...] = ((0,),)
     tokens: int | None = None
+    positions: Tensor | None = None
     valid: Tensor | None = None
     carried: dict[str, Tensor] | None = None
     replayed: Tensor | None = None
-    rotate: Callable[..., Tensor] | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.key.shape[2]
+
+    @property
+    def seen(self) -> int:
+        """Tokens of every row processed so far, dropped ones included."""
+        return self.tokens or self.num_tokens
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The place of every token in its sequence, `[B, H_kv, T]`; of no meaning where `valid` is False."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.num_tokens, device=self.key.device).expand(self.key.shape[:3])
 
     @cached_property
     def query(self) -> Tensor:
@@ -90,18 +119,22 @@ class Observation:
         Args:
             last: how many of the recorded queries to take; None for all.
         """
+        return self.logits(last).softmax(-1)
+
+    def logits(self, last: int | None = None) -> Tensor:
+        """What `attention` is the softmax of: scaled, capped, and the lowest number where nothing is seen."""
         query = self.query if last is None else self.query[..., -last:, :]
-        return self._weights(query, self.num_tokens - query.shape[3])
+        return self._logits(query, self.num_tokens - query.shape[3])
 
     def attention_chunks(self) -> Iterator[Tensor]:
         """`attention()` in parts along W, so that a long prompt does not need all of it at once."""
         batch, heads, group, length, _ = self.query.shape
         step = max(1, PAIRS_AT_ONCE // (batch * heads * group * self.num_tokens))
         for start in range(0, length, step):
-            yield self._weights(self.query[..., start : start + step, :], self.num_tokens - length + start)
+            yield self._logits(self.query[..., start : start + step, :], self.num_tokens - length + start).softmax(-1)
 
-    def _weights(self, query: Tensor, first: int) -> Tensor:
-        """Attention weights of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
+    def _logits(self, query: Tensor, first: int) -> Tensor:
+        """Attention logits of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
         length = query.shape[3]
         scores = torch.matmul(query.flatten(2, 3), self.key.float().transpose(-1, -2)).unflatten(2, (-1, length))
         scores = scores * self.scale
@@ -113,7 +146,7 @@ class Observation:
         scores.masked_fill_(future, lowest)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, :, None, None], lowest)
-        return scores.softmax(-1)
+        return scores
 
 
 def output_weight(module: nn.Module, device: torch.device) -> Tensor:

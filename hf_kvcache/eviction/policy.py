@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_kvcache.eviction.observation import Observation
-from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK
+from hf_kvcache.eviction.roles import Allocator, Scorer, Selector, TopK, Uniform
 
 DEFAULT_BUDGET = 0.5
+
+
+class Limits(NamedTuple):
+    """A budget in tokens a KV head, and how many of them are the first and the last ones."""
+
+    budget: int
+    sinks: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -27,29 +36,41 @@ class EvictionPolicy:
     """
 
     scorer: Scorer
-    allocator: Allocator
+    allocator: Allocator = field(default_factory=Uniform)
     selector: Selector = field(default_factory=TopK)
     budget: int | float = DEFAULT_BUDGET
     every: int | None = None
 
     def __post_init__(self):
         check_budget(self.budget, self.every)
-        protected = self.scorer.window + self.scorer.sinks
-        if isinstance(self.budget, int) and self.budget <= protected:
-            raise ValueError(
-                f"budget={self.budget} must exceed the tokens that {self.scorer.name!r} always keeps: "
-                f"{self.scorer.sinks} first and {self.scorer.window} last; raise it, or lower the window or sinks"
-            )
+        if isinstance(self.budget, int):
+            _, sinks, window = self.limits(self.budget + 1)
+            if self.budget <= sinks + window:
+                raise ValueError(
+                    f"budget={self.budget} must exceed the tokens that {self.scorer.name!r} always keeps: "
+                    f"{sinks} first and {window} last; raise it, or lower the window or sinks"
+                )
         if self.every is not None and not self.scorer.while_decoding:
             raise ValueError(
                 f"every={self.every} evicts while decoding, which {self.scorer.name!r} is not defined for; "
-                "use a scorer that is (h2o, tova, snapkv, rkv, streamingllm, knorm), or leave every out"
+                "use a scorer that is (h2o, tova, snapkv, rkv, defensivekv, streamingllm, knorm, keydiff, random), "
+                "or leave every out"
             )
 
     @property
     def deferred(self) -> bool:
         """Whether the decision needs the dense KV of all layers."""
         return self.scorer.replays or self.allocator.over_layers
+
+    def limits(self, tokens: int) -> Limits:
+        """What the budget means for a row of `tokens`; a share that is less than what is protected gives way to it."""
+        sinks, window = self.scorer.sinks, self.scorer.window
+        budget = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
+        if isinstance(window, float):
+            window = int(window * min(budget, tokens))
+        if isinstance(self.budget, float):
+            budget = max(budget, sinks + window)
+        return Limits(min(budget, tokens), min(sinks, tokens), min(window, tokens))
 
     def keep(self, observation: Observation) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Decides about all tokens of a layer.
@@ -58,19 +79,19 @@ class EvictionPolicy:
             A mask `[B, H_kv, T]`, True for what is kept, and what the scorer wants remembered; None when everything is
             within the budget and nothing has to be remembered.
         """
-        if self.budget_of(observation) >= observation.num_tokens and not (self.every and self.scorer.carried):
+        budget, sinks, window = self.limits(observation.seen)
+        if budget >= observation.seen and not (self.every and self.scorer.carried):
             return None
         score, limit, remembered = self.candidates(observation)
-        counts = self.allocator.allocate(
-            score, self.budget_of(observation), limit, self.protected(observation), observation
-        )
+        always = min(sinks + window, observation.num_tokens)
+        counts = self.allocator.allocate(score, budget, limit, always, observation)
         return self.selector.select(score, counts, observation), remembered
 
     def keep_layers(self, observations: Sequence[Observation]) -> list[Tensor] | None:
         """Decides about all tokens of all layers together; as `keep`, but for what is remembered."""
-        first = observations[0]
-        budget = self.budget_of(first)
-        if budget >= first.num_tokens:
+        tokens = observations[0].seen
+        budget, sinks, window = self.limits(tokens)
+        if budget >= tokens:
             return None
         judged = [self.candidates(observation) for observation in observations]
         if self.allocator.over_layers:
@@ -79,25 +100,13 @@ class EvictionPolicy:
             )
         else:
             counts = [
-                self.allocator.allocate(score, budget, limit, self.protected(observation), observation)
+                self.allocator.allocate(score, budget, limit, min(sinks + window, tokens), observation)
                 for (score, limit, _), observation in zip(judged, observations, strict=True)
             ]
         return [
             self.selector.select(score, count, observation)
             for (score, _, _), count, observation in zip(judged, counts, observations, strict=True)
         ]
-
-    def budget_of(self, observation: Observation) -> int:
-        """Tokens to keep a KV head."""
-        return self.budget_of_tokens(observation.num_tokens if observation.tokens is None else observation.tokens)
-
-    def budget_of_tokens(self, tokens: int) -> int:
-        """Tokens to keep a KV head of so many."""
-        return tokens_to_keep(self.budget, tokens, self.scorer.window + self.scorer.sinks)
-
-    def protected(self, observation: Observation) -> int:
-        """How many tokens a head keeps anyway."""
-        return min(self.scorer.sinks + self.scorer.window, observation.num_tokens)
 
     def candidates(self, observation: Observation) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Scores a layer.
@@ -108,8 +117,9 @@ class EvictionPolicy:
         """
         scorer, valid = self.scorer, observation.valid
         batch, heads, tokens, _ = observation.key.shape
+        _, sinks, window = self.limits(observation.seen)
         score = scorer.score(observation)
-        if not bool(torch.isfinite(score).all()):
+        if not bool(torch.isfinite(score if valid is None else score.masked_fill(~valid, 0)).all()):
             raise FloatingPointError(
                 f"{scorer.name!r} gave a score that is not finite in layer {observation.layer} of those that evict; "
                 "nothing was dropped. Keys, values or queries hold NaN or infinity: check the model's dtype"
@@ -123,17 +133,10 @@ class EvictionPolicy:
             limit = valid.sum(-1)
             rank = valid.cumsum(-1) - 1
             score = score.masked_fill(~valid, -torch.inf)
-        protected = (rank < scorer.sinks) | (column >= tokens - scorer.window)
+        protected = (rank < sinks) | (column >= tokens - window)
         if valid is not None:
             protected &= valid
         return score.masked_fill(protected, torch.inf), limit, remembered
-
-
-def tokens_to_keep(budget: int | float, tokens: int, protected: int) -> int:
-    """How many of `tokens` a budget means; a share that is less than what is protected gives way to it."""
-    if isinstance(budget, int):
-        return min(budget, tokens)
-    return min(max(int(budget * tokens), protected), tokens)
 
 
 def check_budget(budget: int | float, every: int | None) -> None:

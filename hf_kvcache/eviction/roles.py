@@ -22,7 +22,7 @@ class Scorer(Protocol):
 
     Attributes:
         name: of the method.
-        window: how many of the last tokens are always kept.
+        window: how many of the last tokens are always kept; a float is a share of the budget.
         sinks: how many of the first tokens are always kept.
         queries: how many of the last queries `score` looks at; None for all of them, 0 for none.
         carried: names of values of every token that `score` returns to be remembered with it.
@@ -30,6 +30,7 @@ class Scorer(Protocol):
         replays: whether the context is to be read again before it is scored (see `passes`). Then, and when the
             allocator looks at all layers at once, the whole cache is held dense until that is done.
         host: the allocator to use when no method brings one.
+        rotates: whether it needs the rotary embeddings (`Reading.rotate`).
     """
 
     name: ClassVar[str]
@@ -40,8 +41,10 @@ class Scorer(Protocol):
     @property
     def host(self) -> Allocator: ...
 
+    rotates: ClassVar[bool]
+
     @property
-    def window(self) -> int: ...
+    def window(self) -> int | float: ...
 
     @property
     def sinks(self) -> int: ...

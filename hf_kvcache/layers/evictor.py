@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvcache.attention import AttentionCall
-from hf_kvcache.eviction import Observation, Reading
+from hf_kvcache.eviction import Observation, Reading, Rotation
 from hf_kvcache.segment import Segment
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Evictor:
         self.queries: dict[int, Tensor] = {}
         # of the present forward only: a cache must not keep a model alive, nor be copied with it
         self._modules: dict[int, nn.Module] = {}
+        self._rotations: dict[int, Rotation] = {}
         self._scale, self._softcap = 1.0, 0.0
 
     @property
@@ -50,6 +51,8 @@ class Evictor:
         """Remembers the first `take` queries of a call, of one row in `copies`."""
         self._modules[call.layer] = attrgetter(self.settings.output)(call.module)
         self._scale, self._softcap = call.scale, call.softcap
+        if self.policy.scorer.rotates and call.rotation is not None:
+            self._rotations[call.layer] = call.rotation(call.module)
         wanted = self.policy.scorer.queries
         if wanted == 0 or take <= 0:
             return
@@ -139,17 +142,21 @@ class Evictor:
             carried={name: whole.held[name].to(key.device)[index] for name in self.carried},
         )
         end = whole.start + whole.seen
+        columns = whole.positions().to(key.device)[index]
         seen = [end] * len(key) if tokens is None else tokens.tolist()
         kept = valid.clone()
         held = dict(whole.payload())
         for count in sorted(set(seen)):
             rows = torch.tensor([row for row, row_count in enumerate(seen) if row_count == count], device=key.device)
-            decided = self.policy.keep(replace(_rows(observed, rows), tokens=count))
+            decided = self.policy.keep(
+                # padding before a row does not count
+                replace(_rows(observed, rows), tokens=count, positions=columns[rows] - (end - count))
+            )
             if decided is not None:
                 kept[rows] = decided[0]
                 for name in self.carried:
                     held[name][index[rows][valid[rows]]] = decided[1][name][valid[rows]]
-        self._forget_queries()
+        self._forget_queries(unsettled)
         keep = torch.zeros(len(whole.layout.owners), dtype=torch.bool, device=key.device)
         keep[index[valid]] = kept[valid]
         return Segment.join([replace(whole, held=whole.store.put(held))], keep)
@@ -165,7 +172,7 @@ class Evictor:
 
     def forget_modules(self) -> None:
         """Ends a forward: lets go of the model."""
-        self._modules = {}
+        self._modules, self._rotations = {}, {}
 
     def __deepcopy__(self, memo) -> Evictor:
         copied = Evictor(self.settings)
@@ -175,14 +182,19 @@ class Evictor:
 
     def _observation(self, key: Tensor, value: Tensor, unsettled: int = 0) -> Observation:
         queries = {layer: query[:, :, : query.shape[2] - unsettled] for layer, query in self.queries.items()}
-        readings = [Reading(queries.get(layer), module) for layer, module in self._modules.items()]
-        layer, num_layers = self.settings.place
-        return Observation(key, value, readings, self._scale, self._softcap, layer, num_layers)
+        readings = [
+            Reading(queries.get(layer), module, self._rotations.get(layer)) for layer, module in self._modules.items()
+        ]
+        place, readers = self.settings.place, self.settings.readers
+        return Observation(key, value, readings, self._scale, self._softcap, place, len(readers), readers)
 
-    def _forget_queries(self) -> None:
-        """Lets go of queries that the next eviction does not look at."""
-        if not self.every or self.policy.scorer.queries is None:
+    def _forget_queries(self, unsettled: int = 0) -> None:
+        """Lets go of queries that the next eviction does not look at; the last `unsettled` ones were not judged by."""
+        if not self.every:
             self.queries = {}
+        elif self.policy.scorer.queries is None:
+            last = {layer: query[:, :, query.shape[2] - unsettled :] for layer, query in self.queries.items()}
+            self.queries = {layer: query.clone() for layer, query in last.items()} if unsettled else {}
 
 
 def _rows(observed: Observation, rows: Tensor) -> Observation:

@@ -32,7 +32,8 @@ class LayerSettings:
         store: where they are stored.
         last_reader: the last layer that reads this layer's KV, itself included.
         policy: which tokens are kept; None to keep all.
-        place: (this layer's place among those that evict, how many these are).
+        place: this layer's place among those that evict.
+        readers: for every layer that evicts, the layers that read its KV.
         output: the attribute of an attention module that projects its heads to the residual stream.
     """
 
@@ -40,7 +41,8 @@ class LayerSettings:
     store: Store
     last_reader: int
     policy: EvictionPolicy | None = None
-    place: tuple[int, int] = (0, 1)
+    place: int = 0
+    readers: tuple[tuple[int, ...], ...] = ((0,),)
     output: str = "o_proj"
 
     def __deepcopy__(self, memo) -> LayerSettings:
@@ -232,7 +234,7 @@ class KVCacheLayer(CacheLayerMixin):
         settings = self.settings
         residual = settings.codec.residual_length
         if settings.policy is not None and residual:
-            residual = min(residual, settings.policy.scorer.window)
+            residual = min(residual, settings.policy.limits(self.prompt).window)
         sealed = max(self.prompt - residual, min(self.prompt, 1))
         if keep is not None:
             keep = (keep if keep.dim() == 3 else keep.unsqueeze(1))[..., :sealed]

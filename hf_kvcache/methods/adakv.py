@@ -40,7 +40,6 @@ class AdaKV(EvictionMethod):
     name: ClassVar[str] = "adakv"
     slot: ClassVar[str] = "allocator"
     paper: ClassVar[str] = "arXiv 2407.11550"
-    over_layers: ClassVar[bool] = False
 
     alpha: float = 0.2
     safeguard: str = "mix"
@@ -60,7 +59,7 @@ class AdaKV(EvictionMethod):
         total = min(free * heads, int(room.sum(-1).min()))
         safe = torch.zeros_like(open_)
         if self.safeguard == "floor":
-            wanted = room.clamp(max=int(self.alpha * budget))
+            wanted = room.clamp(max=int(self.alpha * free))
             safe = top_mask(score.masked_fill(~open_, -torch.inf), wanted) & open_
         candidates = score.masked_fill(~open_, -torch.inf).masked_fill(safe, torch.finfo(score.dtype).max)
         best = candidates.flatten(1).topk(total, dim=-1).indices

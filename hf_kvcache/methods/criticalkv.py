@@ -11,7 +11,8 @@ for a head with budget b, in its order:
 It replaces only the top-k step of its host: any scorer gives A (for SnapKV the pooled attention of the window), any
 allocator gives b. As in the authors' code, b counts the window, which is always in stage 1; the norm is the mean over
 the query heads that read a KV head. The printed pseudocode differs from text, code and ablation in two ways that are
-not followed: its header has first_stage 0.25, and it uses the product in both stages.
+not followed: its header has first_stage 0.25, and it uses the product in both stages. Hosts whose score is no attention
+weight (Knorm, KeyDiff, R-KV) are not in the paper; where their scores are negative, the least of a head counts as zero.
 
 `norm="l2"` takes ||V_i W_O||_2 through the Gram matrix W_O W_O^T of every head, `D x D`, which is about hidden/D times
 cheaper and, by the paper, about as good.
@@ -63,7 +64,9 @@ class CriticalKV(EvictionMethod):
         first = torch.maximum((self.first_stage * counts).long(), torch.minimum(protected, counts))
         stage_1 = top_mask(score, first)
         norm = projected_norm(observation.value, observation.output, self.norm)
-        critical = ((score + EPSILON) * norm).masked_fill(score == -torch.inf, -torch.inf)
+        # a score that is no attention weight may be negative, and a large norm would then count against its token
+        lowest = score.masked_fill(score.isinf(), torch.inf).amin(-1, keepdim=True).clamp(max=0)
+        critical = ((score - lowest + EPSILON) * norm).masked_fill(score == -torch.inf, -torch.inf)
         stage_2 = top_mask(critical.masked_fill(stage_1, -torch.inf), counts - first)
         return stage_1 | stage_2
 

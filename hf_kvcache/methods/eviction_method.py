@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ class EvictionMethod(Method):
             to the other methods named; 0.5 when none says it.
         every: evict again whenever so many tokens were generated; None to evict the prompt only.
     """
+
+    # of allocators: whether they must see all layers at once
+    over_layers: ClassVar[bool] = False
 
     budget: int | float | None = field(default=None, kw_only=True)
     every: int | None = field(default=None, kw_only=True)
@@ -47,16 +50,19 @@ class ScoringMethod(EvictionMethod):
     carried: ClassVar[tuple[str, ...]] = ()
     while_decoding: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    rotates: ClassVar[bool] = False
 
-    window: int = 0
+    window: int | float = 0
     sinks: int = 0
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("window", "sinks"):
-            count = getattr(self, name)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ValueError(f"{name} is a number of tokens, at least 0, got {count!r}")
+        self.check_window()
+        check_count("sinks", self.sinks)
+
+    def check_window(self) -> None:
+        """Raises for a window that is no number of tokens."""
+        check_count("window", self.window)
 
     @property
     def queries(self) -> int | None:
@@ -78,3 +84,9 @@ class ScoringMethod(EvictionMethod):
     def remember(self, observation: Observation, score: Tensor) -> dict[str, Tensor]:
         """Nothing, unless a subclass names it in `carried`."""
         return {}
+
+
+def check_count(name: str, count: Any, least: int = 0) -> None:
+    """Raises unless the option `name` is a number of tokens of at least `least`."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"{name} is a number of tokens, at least {least}, got {count!r}")

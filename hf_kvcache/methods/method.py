@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
@@ -39,6 +40,10 @@ class CalibrationModel(Protocol):
 
     def healed_divergence(self, consumer: int, source: int) -> float:
         """KL(untouched || shared) in nats a token when only this pair shares and the consumer is healed."""
+        ...
+
+    def head_importance(self, samples: int, length: int) -> HeadImportance:
+        """How much every head matters for retrieval, from `samples` questions about texts of `length` tokens."""
         ...
 
     def heal(self, plan: SharingPlan) -> SharingPlan:

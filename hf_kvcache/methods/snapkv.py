@@ -14,11 +14,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hf_kvcache.eviction import Observation
-from hf_kvcache.methods.eviction_method import ScoringMethod
+from hf_kvcache.methods.eviction_method import ScoringMethod, check_count
 
 POOLINGS = ("avg", "max", "none")
 
@@ -43,12 +44,8 @@ class SnapKV(ScoringMethod):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.window < 1:
-            raise ValueError(f"window is the number of queries that observe, at least 1, got {self.window}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, got {self.kernel_size}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        check_count("window", self.window, least=1)
+        check_pooling(self.kernel_size, self.pooling)
 
     @property
     def queries(self) -> int:
@@ -56,13 +53,23 @@ class SnapKV(ScoringMethod):
 
     def score(self, observation: Observation) -> Tensor:
         weights = observation.attention(last=self.window).mean(dim=3)
-        return pool(weights, self.kernel_size, self.pooling).mean(dim=2)
+        return pool(weights, self.kernel_size, self.pooling, self.window).mean(dim=2)
 
 
-def pool(score: Tensor, kernel_size: int, pooling: str) -> Tensor:
-    """Smooths scores `[..., T]` along the sequence."""
-    if pooling == "none":
+def pool(score: Tensor, kernel_size: int, pooling: str, window: int) -> Tensor:
+    """Smooths scores `[..., T]` along the sequence; the last `window` stay out of it and as they are."""
+    free = score.shape[-1] - window
+    if pooling == "none" or free < 1:
         return score
     function = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
-    flat = score.reshape(-1, 1, score.shape[-1])
-    return function(flat, kernel_size, stride=1, padding=kernel_size // 2).view(score.shape)
+    flat = score[..., :free].reshape(-1, 1, free)
+    smooth = function(flat, kernel_size, stride=1, padding=kernel_size // 2)
+    return torch.cat([smooth.view(*score.shape[:-1], free), score[..., free:]], dim=-1)
+
+
+def check_pooling(kernel_size: int, pooling: str) -> None:
+    """Raises for a pooling that there is not."""
+    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd number of tokens, at least 1, got {kernel_size!r}")
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
