@@ -24,7 +24,13 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
         "fingerprint": cache.spec.fingerprint,
         "source_layers": cache.spec.sharing.source_layers,
         "sliding_windows": cache.spec.sliding_windows,
-        "dtype": str(next((tensor.dtype for layer in cache.layers for tensor in layer.tensors()), None)),
+        # that of keys as the model makes them; what is held beside them has dtypes of its own
+        "dtype": str(
+            next(
+                (t.dtype for _, held in described for name, t in held.items() if name.split(".")[-1] in ("key", "keys")),
+                None,
+            )
+        ),
         "layers": [description for description, _ in described],
     }
     tensors = {
