@@ -20,17 +20,14 @@ FORMAT = "hf_kvcache.cache/1"
 def save_cache(cache: KVCache, path: str | Path) -> None:
     """Writes all layers of `cache`, its plan and the fingerprint of its model."""
     described = [layer.describe() for layer in cache.layers]
+    # of keys as the model makes them; what is held beside them has dtypes of its own
+    keys = (held[name] for _, held in described for name in held if name.split(".")[-1] in ("key", "keys"))
+    dtypes = [tensor.dtype for tensor in keys]
     description = {
         "fingerprint": cache.spec.fingerprint,
         "source_layers": cache.spec.sharing.source_layers,
         "sliding_windows": cache.spec.sliding_windows,
-        # that of keys as the model makes them; what is held beside them has dtypes of its own
-        "dtype": str(
-            next(
-                (t.dtype for _, held in described for name, t in held.items() if name.split(".")[-1] in ("key", "keys")),
-                None,
-            )
-        ),
+        "dtype": str(dtypes[0] if dtypes else None),
         "layers": [description for description, _ in described],
     }
     tensors = {

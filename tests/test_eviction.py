@@ -35,6 +35,7 @@ SMALL = {
     "lagkv": {"lag": 8},
     "expected_attention": {"horizon": 8},
     "knorm": {"sinks": 2, "window": 3},
+    "kvzip": {"instructions": ((5, 6, 7), (8, 9)), "chunk": 16},
 }
 LENGTH = 40
 
@@ -68,7 +69,8 @@ def methods_of(triple, **options):
 
 def observe(**fields):
     observed = random_observation(tokens=LENGTH, queries=LENGTH, heads=2, **fields)
-    return replace(observed, readings=[replace(reading, rotate=NoRotation()) for reading in observed.readings])
+    readings = [replace(reading, rotate=NoRotation()) for reading in observed.readings]
+    return replace(observed, readings=readings, replayed=observed.key.norm(dim=-1))
 
 
 def layers_of(policy, num_layers=4, **fields):

@@ -78,4 +78,4 @@ class KVzip(ScoringMethod):
     def score(self, observation: Observation) -> Tensor:
         if observation.replayed is None:
             raise RuntimeError("kvzip scores a context that was read again; this one was not")
-        return observation.replayed
+        return observation.replayed.float()

@@ -387,5 +387,6 @@ def test_scores_of_bfloat16_are_float32_and_finite(name):
     observed = random_observation(queries=40, tokens=40)
     readings = [replace(reading, query=reading.query.bfloat16(), rotate=Rotate()) for reading in observed.readings]
     observed = replace(observed, key=observed.key.bfloat16(), value=observed.value.bfloat16(), readings=readings)
+    observed = replace(observed, replayed=torch.rand(observed.key.shape[:-1]))
     score = METHODS[name]().score(observed)
     assert score.dtype == torch.float32 and bool(torch.isfinite(score).all())
