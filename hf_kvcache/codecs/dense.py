@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.codec import Payload
+from hf_kvcache.codecs.codec import Payload, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
 
 
@@ -17,22 +17,35 @@ class DenseCodec:
     """Stores key and value unchanged; nothing is lost."""
 
     name: ClassVar[str] = "dense"
+    residual_length: ClassVar[int] = 0
+    block: ClassVar[int] = 0
 
-    def encode(self, key: Tensor, value: Tensor) -> Payload:
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         return {"key": _own(key), "value": _own(value)}
 
-    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return payload["key"], payload["value"]
 
     def attend(
-        self, payload: Payload, start: int, shape: tuple[int, int, int], query: Tensor, scale: float, softcap: float
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
+        owners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, heads, tokens = shape
         key, value = (
             payload[name][start : start + rows * heads * tokens].view(rows, heads, tokens, -1)
             for name in ("key", "value")
         )
-        return decode_attention(query, key, value, scale=scale, softcap=softcap)
+        return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
+
+    def select(self, payload: Payload, index: Tensor) -> Payload:
+        return select_entries(payload, index)
 
 
 def _own(tensor: Tensor) -> Tensor:
