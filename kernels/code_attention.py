@@ -76,14 +76,15 @@ def _look_up(packed: Tensor, levels: Tensor, bits: int) -> Tensor:
 def _found(packed: Tensor, table: Tensor, bits: int) -> Tensor:
     if bits == 3:
         low, top = packed.split([packed.shape[1] * 2 // 3, packed.shape[1] // 3], dim=1)
-        index = low.to(torch.int32)
+        index = low.reshape(-1).to(torch.int32)
         # a byte of top bits serves two bytes of lower ones, which are one int64 of indices
         index.view(torch.int64).bitwise_or_(
-            torch.index_select(_spread(packed.device), 0, top.to(torch.int32).view(-1)).view(top.shape)
+            torch.index_select(_spread(packed.device), 0, top.reshape(-1).to(torch.int32))
         )
     else:
         index = packed.to(torch.int32)
-    return torch.index_select(table, 0, index.view(-1)).view(torch.float32).view(len(packed), -1)
+    found = torch.index_select(table, 0, index.view(-1)).view(torch.float32)
+    return found.view(len(packed), packed.shape[1] * 8 // bits)
 
 
 @lru_cache(maxsize=64)

@@ -17,6 +17,8 @@ REACH, STEPS = 6.0, 256
 # vectors at once: what is in work stays in the cache of the processor
 ROWS = 4096
 LARGEST = torch.finfo(torch.float16).max
+# norm of a vector that counts as zero: its reciprocal is still finite
+LEAST = 1e-30
 
 
 def quantise(x: Tensor, levels: Tensor, factors: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,7 +43,7 @@ def _quantise(x: Tensor, levels: Tensor, factors: tuple[float, ...]) -> tuple[Te
     size = (energy / x.shape[1]).sqrt()
     best_codes = best_scale = best_error = None
     for factor in factors:
-        unit = x * (STEPS / factor / size.clamp_min(torch.finfo(torch.float32).tiny))[:, None]
+        unit = x * (STEPS / factor / size.clamp_min(LEAST))[:, None]
         place = unit.clamp_(-REACH * STEPS, REACH * STEPS).add_(REACH * STEPS + 0.5).to(torch.int32).view(-1)
         level = torch.index_select(levels_of, 0, place).view(x.shape)
         along, length = torch.linalg.vecdot(level, x), torch.linalg.vecdot(level, level)
