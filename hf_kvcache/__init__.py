@@ -13,7 +13,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
 
 from hf_kvcache.api import find_plan, find_plans, is_patched, load_cache, new_cache, patch_model, unpatch_model  # noqa: E402
 from hf_kvcache.cache import KVCache  # noqa: E402
-from hf_kvcache.methods import METHODS, KVSharer, Method, Offload  # noqa: E402
+from hf_kvcache.methods import METHODS, Fp8, KVSharer, Method, Offload, TurboQuant, Uniform  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
 from hf_kvcache.spec import CacheSpec  # noqa: E402
