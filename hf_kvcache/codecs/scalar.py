@@ -7,15 +7,16 @@ known as norm correction. Decoding costs the same.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-# of the nearest level: a table over [-REACH, REACH] in steps that miss it only where two levels are as near
-REACH, STEPS = 6.0, 256
+# steps of the table of nearest levels in a root mean square: they miss only where two levels are nearly as near
+STEPS = 256
 # vectors at once: what is in work stays in the cache of the processor
-ROWS = 4096
+ROWS = 1024
 LARGEST = torch.finfo(torch.float16).max
 # norm of a vector that counts as zero: its reciprocal is still finite
 LEAST = 1e-30
@@ -38,13 +39,15 @@ def quantise(x: Tensor, levels: Tensor, factors: tuple[float, ...]) -> tuple[Ten
 
 
 def _quantise(x: Tensor, levels: Tensor, factors: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    codes_of, levels_of = nearest(levels, x.device)
+    # no coordinate is larger than all of its row, so that nothing needs to be clamped
+    reach = math.ceil(x.shape[1] ** 0.5 / min(factors)) + 1
+    codes_of, levels_of = _nearest(tuple(levels.tolist()), reach, x.device)
     energy = torch.linalg.vecdot(x, x)
     size = (energy / x.shape[1]).sqrt()
     best_codes = best_scale = best_error = None
     for factor in factors:
         unit = x * (STEPS / factor / size.clamp_min(LEAST))[:, None]
-        place = unit.clamp_(-REACH * STEPS, REACH * STEPS).add_(REACH * STEPS + 0.5).to(torch.int32).view(-1)
+        place = unit.add_(reach * STEPS + 0.5).to(torch.int32).view(-1)
         level = torch.index_select(levels_of, 0, place).view(x.shape)
         along, length = torch.linalg.vecdot(level, x), torch.linalg.vecdot(level, level)
         scale = as_stored(along / length)
@@ -69,14 +72,10 @@ def stored(scale: Tensor) -> Tensor:
     return scale if bool((scale.abs() > LARGEST).any()) else scale.to(torch.float16)
 
 
-def nearest(levels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For every step of [-REACH, REACH] the code of the nearest level and the level itself."""
-    return _nearest(tuple(levels.tolist()), device)
-
-
 @lru_cache(maxsize=64)
-def _nearest(levels: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _nearest(levels: tuple[float, ...], reach: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every step of [-reach, reach] the code of the nearest level and the level itself."""
     exact = torch.tensor(levels, dtype=torch.float64)
-    steps = torch.arange(int(2 * REACH * STEPS) + 1, dtype=torch.float64) / STEPS - REACH
+    steps = torch.arange(2 * reach * STEPS + 1, dtype=torch.float64) / STEPS - reach
     codes = torch.bucketize(steps, (exact[1:] + exact[:-1]) / 2)
     return codes.to(torch.uint8).to(device), exact[codes].to(torch.float32).to(device)

@@ -31,7 +31,7 @@ from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
 
 BITS = (2, 3, 4, 8)
 # scales tried, in units of the norm: keys pay for a finer search, since their errors matter several times as much
-KEY_FACTORS = (0.85, 0.925, 1.0, 1.075, 1.15)
+KEY_FACTORS = (0.9, 1.0, 1.1)
 VALUE_FACTORS = (0.92, 1.04)
 SMALLEST = 2.0**-24  # of float16
 
