@@ -33,6 +33,7 @@ from hf_kvcache.methods import (  # noqa: E402
     CriticalKV,
     DefensiveKV,
     ExpectedAttention,
+    Fp8,
     HeadKV,
     KeyDiff,
     Knorm,
@@ -46,6 +47,8 @@ from hf_kvcache.methods import (  # noqa: E402
     ScoringMethod,
     SnapKV,
     StreamingLLM,
+    TurboQuant,
+    Uniform,
 )
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402

@@ -114,9 +114,10 @@ class AttentionCall:
         mask = None if self.mask is None else self.mask.to(device)
         return replace(self, query=self.query.to(device), mask=mask)
 
-    def part(self, start: int, end: int) -> AttentionCall:
-        """The call with only the queries `start` to `end`, and without a mask."""
-        return replace(self, query=self.query[:, :, start:end], mask=None)
+    def part(self, start: int, end: int, seen: int = 0) -> AttentionCall:
+        """The call with only the queries `start` to `end`, and the mask of the first `seen` tokens; 0 for no mask."""
+        mask = None if self.mask is None or not seen else self.mask[:, :, start:end, :seen]
+        return replace(self, query=self.query[:, :, start:end], mask=mask)
 
     def dense(self, key: Tensor, value: Tensor) -> Tensor:
         """The model's own attention over key and value `[B, H_kv, T, D]`; returns `[B, L, H_q, D]`."""

@@ -25,8 +25,8 @@ from hf_kvcache.kernels.merge_states import merge_partials
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16
 
-# (first entry, (rows, heads, tokens), query [rows, heads, M, D], mask) -> out, lse
-AttendBlock = Callable[[int, tuple[int, int, int], Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+# (first entry, (rows, heads, tokens), query [rows, heads, M, D], mask, run of each part or query) -> out, lse
+AttendBlock = Callable[[int, tuple[int, int, int], Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +129,16 @@ class Layout:
             out `[S, H_kv, M, D]` and lse `[S, H_kv, M]`; an empty run has out 0 and lse -inf.
         """
         if self.uniform:
-            return attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None)
+            owners = torch.arange(self.rows * self.heads, device=query.device).view(self.rows, self.heads)
+            return attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
         plan = self._plan(query.device)
         by_run = query.flatten(0, 1)
         outs, lses = [], []
         if len(plan.block_owner):
             shape = (len(plan.block_owner), 1, self.block)
-            out, lse = attend_block(0, shape, by_run[plan.block_owner].unsqueeze(1), None)
+            out, lse = attend_block(
+                0, shape, by_run[plan.block_owner].unsqueeze(1), None, plan.block_owner.unsqueeze(1)
+            )
             outs.append(out.squeeze(1))
             lses.append(lse.squeeze(1))
         for row, (start, mask) in enumerate(plan.rests):
@@ -146,7 +149,9 @@ class Layout:
             else:
                 flat = query[row].reshape(1, 1, -1, query.shape[-1])
                 wide = mask.repeat_interleave(query.shape[2], 0)[None, None]
-                out, lse = attend_block(start, (1, 1, columns), flat, wide)
+                owner = torch.arange(row * self.heads, (row + 1) * self.heads, device=query.device)
+                owner = owner.repeat_interleave(query.shape[2])[None, None]
+                out, lse = attend_block(start, (1, 1, columns), flat, wide, owner)
                 out, lse = out.view(query[row].shape), lse.view(query.shape[1:3])
             outs.append(out)
             lses.append(lse)

@@ -63,6 +63,7 @@ class Segment:
         copies: int = 1,
         start: int = 0,
         carried: Mapping[str, Tensor] | None = None,
+        like: Segment | None = None,
     ) -> Segment:
         """Encodes key and value `[B, H_kv, T, D]`.
 
@@ -74,6 +75,7 @@ class Segment:
                 the first of them is kept.
             start: the column of the first token.
             carried: further values of every entry, `[B, H_kv, T]` by name.
+            like: a segment of the same stored rows, to encode like it and be joined with it.
         """
         batch, heads, tokens, _ = key.shape
         if batch % copies:
@@ -81,16 +83,19 @@ class Segment:
         key, value = key.detach()[::copies], value.detach()[::copies]
         carried = {name: tensor[::copies] for name, tensor in (carried or {}).items()}
         keep = None if keep is None else keep[::copies].expand(len(key), heads, tokens)
+        model = None if like is None else like.payload()
         if keep is None or bool(keep.all()):
             layout = Layout(((tokens,) * heads,) * len(key))
-            held = codec.encode(key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1]))
+            key, value = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
+            held = codec.encode(key, value, layout.owners.to(key.device), model)
             held |= {name: tensor.reshape(-1) for name, tensor in carried.items()}
         else:
             layout = Layout.of(keep.sum(-1))
             kept = keep.flatten().nonzero()[:, 0]
             kept = kept[layout.order.to(kept.device)].to(key.device)
             row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
-            held = codec.encode(key[row, head, column], value[row, head, column])
+            owners = row * heads + head
+            held = codec.encode(key[row, head, column], value[row, head, column], owners, model)
             held[POSITIONS] = (column + start).to(torch.int32)
             held |= {name: tensor[row, head, column] for name, tensor in carried.items()}
         rows = tuple(row // copies for row in range(batch))
@@ -114,12 +119,11 @@ class Segment:
         # runs one after the other, each in the order of the sequence; then as the layout stores them
         end = last.start + last.seen
         chosen = chosen[(run[chosen] * end + column[chosen]).argsort()][layout.order]
-        payloads = [segment.payload() for segment in segments]
-        names = set(payloads[0]) if gapless else set(payloads[0]) | {POSITIONS}
-        whole = {
-            name: torch.cat([_entry_value(segment, payload, name) for segment, payload in zip(segments, payloads)])
-            for name in names
-        }
+        payloads = [
+            segment.payload() if gapless else {**segment.payload(), POSITIONS: segment.positions().to(torch.int32)}
+            for segment in segments
+        ]
+        whole = first.codec.join(payloads) if len(payloads) > 1 else payloads[0]
         held = first.codec.select(whole, chosen.to(first.device))
         return replace(first, held=first.store.put(held), layout=layout, seen=end - first.start)
 
@@ -131,8 +135,8 @@ class Segment:
         """
         payload = self.payload()
 
-        def attend_block(start: int, shape: tuple[int, int, int], block_query: Tensor, mask: Tensor | None):
-            return self.codec.attend(payload, start, shape, block_query, scale, softcap, mask)
+        def attend_block(start: int, shape: tuple[int, int, int], part: Tensor, mask: Tensor | None, owners: Tensor):
+            return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
         if self.rows == tuple(range(self.layout.rows)):
             return self.layout.attend(attend_block, query)
@@ -163,7 +167,7 @@ class Segment:
         first = self.layout.runs.cumsum(0) - self.layout.runs
         source = torch.tensor(self.rows)[:, None] * self.layout.heads + torch.arange(self.layout.heads)
         index = canonical[first[source.flatten()[layout.owners]] + layout.ranks]
-        held = self.codec.select(self.payload(), index.to(self.device))
+        held = self.codec.select(self.payload(), index.to(self.device), source.flatten())
         return replace(self, held=self.store.put(held), layout=layout, rows=tuple(range(len(self.rows))))
 
     def crop(self, tokens: int) -> Segment | None:
@@ -195,7 +199,7 @@ class Segment:
             key and value `[S, H_kv, T_max, D]`, the index `[S, H_kv, T_max]` of the entry in each place, and a mask of
             that shape, False where there is none.
         """
-        key, value = self.codec.decode(self.payload())
+        key, value = self.codec.decode(self.payload(), self.layout.owners.to(self.device))
         index, valid = (tensor.to(key.device) for tensor in self.layout.padded())
         return key[index], value[index], index, valid
 
@@ -237,8 +241,3 @@ class Segment:
 
     def __deepcopy__(self, memo) -> Segment:
         return self
-
-
-def _entry_value(segment: Segment, payload: Payload, name: str) -> Tensor:
-    """The tensor `name` of a segment's entries; positions that are not held are counted."""
-    return segment.positions().to(torch.int32) if name == POSITIONS else payload[name]

@@ -80,8 +80,8 @@ def test_unknown_option(model):
         patch_model(model, "kvsharer", shar=0.5)
     with refused(ValueError, "unknown option 'shar'", "none", model=model):
         patch_model(model, "offload", shar=0.5)
-    with refused(ValueError, "unknown option 'bits'", model=model):
-        patch_model(model, None, bits=4)
+    with refused(ValueError, "unknown option 'bit'", model=model):
+        patch_model(model, None, bit=4)
 
 
 def test_option_of_a_method_that_is_not_named(model):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 Payload = dict[str, Tensor]
@@ -13,16 +15,21 @@ class Codec(Protocol):
     """How sealed keys and values are stored.
 
     A codec sees *flat* entries `[N, D]`, in the order of the segment's layout, so that every (row, head) may keep
-    another number of tokens. The first dimension of every payload tensor counts entries. A codec is a frozen value; all
-    state is in the payload.
+    another number of tokens. The first dimension of every payload tensor counts entries in this order, unless the codec
+    says otherwise of a name. A codec is a frozen value; all state is in the payload.
+
+    Entries have *owners*: the (stored row, KV head) that an entry belongs to, numbered row * H + head. A codec may keep
+    statistics by owner; without owners all entries count as one owner's.
 
     Attributes:
         name: of the codec, in saved files.
+        lossy: whether decoding gives something else than what was encoded.
         residual_length: how many of the last tokens of the prompt, and while decoding, stay dense.
         block: while decoding, how many tokens are sealed at a time; 0 to seal only the prompt.
     """
 
     name: ClassVar[str]
+    lossy: ClassVar[bool]
 
     @property
     def residual_length(self) -> int: ...
@@ -30,17 +37,18 @@ class Codec(Protocol):
     @property
     def block(self) -> int: ...
 
-    def encode(self, key: Tensor, value: Tensor) -> Payload:
-        """Encodes key and value `[N, D]`. The payload must not keep a view of its inputs' storage alive."""
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
+        """Encodes key and value `[N, D]`. The payload must not keep a view of its inputs' storage alive.
+
+        Args:
+            key, value: of the entries.
+            owners: `[N]`, the owner of every entry.
+            like: an earlier payload for the same owners, whose statistics are to be used; the two may be joined then.
+        """
         ...
 
-    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns key and value `[N, D]`, as exactly as the codec can."""
-        ...
-
-    def select(self, payload: Payload, index: Tensor) -> Payload:
-        """The payload of the entries `index` alone, in that order. Nothing is encoded anew, and tensors of entries that
-        are not the codec's own (their positions, say) are selected with the rest."""
         ...
 
     def attend(
@@ -52,6 +60,7 @@ class Codec(Protocol):
         scale: float,
         softcap: float,
         mask: Tensor | None = None,
+        owners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Partial attention over the block of entries that begins at `start`.
 
@@ -62,9 +71,56 @@ class Codec(Protocol):
             query: `[R, H, M, D]`, the query group folded into the rows.
             scale: factor of the scores.
             softcap: tanh cap of the scores, 0 for none.
-            mask: `[R, H, M, T]` or broadcastable to it, True = attend; None to attend to all.
+            mask: boolean (True = attend), broadcastable to `[R, H, M, T]`; None when all are attended.
+            owners: `[R, H]`, the owner of each of the R x H parts; or `[R, H, M]`, of each query, where a part holds
+                entries of several owners and the mask shows every query its own.
 
         Returns:
-            out `[R, H, M, D]` and lse `[R, H, M]`.
+            out `[R, H, M, D]` and lse `[R, H, M]`; a row that attends to nothing has out 0 and lse -inf.
         """
         ...
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        """The payload of some entries. Nothing is encoded anew.
+
+        Args:
+            payload: of the codec; tensors of its entries that are not the codec's own (their positions, say) are
+                selected with the rest.
+            index: `[n]`, which entries, in their new order.
+            owners: `[R]`, for every new owner which old one it is; None when they stay the same.
+        """
+        ...
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        """The entries of several payloads, one after the other: of one that was encoded first, and of others that were
+        encoded like it."""
+        ...
+
+
+def select_entries(
+    payload: Payload,
+    index: Tensor,
+    owners: Tensor | None = None,
+    shared: tuple[str, ...] = (),
+    of_owners: tuple[str, ...] = (),
+) -> Payload:
+    """The entries `index` of every tensor.
+
+    Tensors named in `shared` do not count entries and stay as they are; those in `of_owners` count owners.
+    """
+    selected = {}
+    for name, tensor in payload.items():
+        if name in of_owners:
+            selected[name] = tensor if owners is None else tensor.index_select(0, owners.to(tensor.device))
+        else:
+            selected[name] = tensor if name in shared else tensor.index_select(0, index.to(tensor.device))
+    return selected
+
+
+def join_entries(payloads: Sequence[Payload], shared: tuple[str, ...] = ()) -> Payload:
+    """The entries of all payloads; what does not count entries, named in `shared`, is the first one's."""
+    first = payloads[0]
+    return {
+        name: tensor if name in shared else torch.cat([payload[name] for payload in payloads])
+        for name, tensor in first.items()
+    }

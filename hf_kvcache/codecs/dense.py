@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.codec import Payload
+from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
 
 
@@ -17,17 +18,15 @@ class DenseCodec:
     """Stores key and value unchanged; nothing is lost."""
 
     name: ClassVar[str] = "dense"
+    lossy: ClassVar[bool] = False
     residual_length: ClassVar[int] = 0
     block: ClassVar[int] = 0
 
-    def encode(self, key: Tensor, value: Tensor) -> Payload:
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         return {"key": _own(key), "value": _own(value)}
 
-    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return payload["key"], payload["value"]
-
-    def select(self, payload: Payload, index: Tensor) -> Payload:
-        return {name: tensor[index] for name, tensor in payload.items()}
 
     def attend(
         self,
@@ -38,6 +37,7 @@ class DenseCodec:
         scale: float,
         softcap: float,
         mask: Tensor | None = None,
+        owners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         rows, heads, tokens = shape
         key, value = (
@@ -45,6 +45,12 @@ class DenseCodec:
             for name in ("key", "value")
         )
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        return select_entries(payload, index)
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        return join_entries(payloads)
 
 
 def _own(tensor: Tensor) -> Tensor:

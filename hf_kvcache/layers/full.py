@@ -81,6 +81,7 @@ class KVCacheLayer(CacheLayerMixin):
         self.evictor = None if self.settings.policy is None else Evictor(self.settings)
         self._fresh: tuple[Tensor, Tensor] | None = None
         self._fresh_mask: Tensor | None = None
+        self._early: tuple[Tensor, Tensor] | None = None
         self._replay: Replay | None = None
         self._observation: Observation | None = None
         self._replaying = False
@@ -92,7 +93,14 @@ class KVCacheLayer(CacheLayerMixin):
         self.prompt_length, self.copies = prompt_length, copies
 
     def activate_past_recording(self) -> None:
-        """Announces that a `crop` follows every forward: its tokens are then never evicted in the same forward."""
+        """Announces that a `crop` follows every forward (assisted decoding)."""
+        policy = self.settings.policy
+        if policy is not None and (policy.deferred or policy.every or self._shared):
+            raise NotImplementedError(
+                "assisted decoding would change what this method generates: drafts in the forward of the prompt would "
+                "see it before it is evicted, and eviction would follow the number of drafts accepted; expected an "
+                "eviction method that judges each layer alone, once, after the prompt (snapkv, adakv, criticalkv ...)"
+            )
         self._recording = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -103,6 +111,10 @@ class KVCacheLayer(CacheLayerMixin):
         self._settle()
         self.is_initialized = True
         self.entry = entry_of(key_states)
+        early = self._too_early(key_states.shape[2])
+        if early:
+            self._early = key_states[:, :, -early:], value_states[:, :, -early:]
+            key_states, value_states = key_states[:, :, :-early], value_states[:, :, :-early]
         new = key_states.shape[2]
         if self.seen == 0 and new >= (self.prompt_length or 1):
             self._fresh = key_states, value_states
@@ -117,6 +129,8 @@ class KVCacheLayer(CacheLayerMixin):
         """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
         if self._replaying and self._replay is not None:
             return self._replay.attend(call)
+        if self._early is not None:
+            return self._attend_apart(call, *self._early)
         if self._fresh is not None:
             call = call.to(self._fresh[0].device)
             self._fresh_mask = call.mask
@@ -132,6 +146,33 @@ class KVCacheLayer(CacheLayerMixin):
         if call.layer == self.settings.last_reader:
             self._finish_forward(call.mask, call.length)
         return out
+
+    @property
+    def _shared(self) -> bool:
+        """Whether other layers read this one's KV."""
+        return len(self.settings.readers[self.settings.place]) > 1
+
+    def _too_early(self, new: int) -> int:
+        """How many of the new tokens are drafts behind a prompt that is sealed in the same forward.
+
+        They must see of the prompt what will be left of it, as they would had they come one by one. Layers that share
+        cannot wait for it: the prompt is sealed when the last of them has read it.
+        """
+        settings = self.settings
+        changes = settings.policy is not None or settings.codec.lossy
+        if not changes or self._deferred or self._shared or self.segments or not self.prompt_length:
+            return 0
+        early = self.seen + new - self.prompt_length
+        return early if 0 < early < new else 0
+
+    def _attend_apart(self, call: AttentionCall, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of a prompt, then of the drafts behind it, whose key and value these are."""
+        own, self._early = call.length - key.shape[2], None
+        prompt = self.attend(call.part(0, own, self.seen))
+        self.tail.append(key.detach(), value.detach())
+        self.seen += key.shape[2]
+        drafts = self._attend_parts(call.part(own, call.length, self.seen).to(self.tail.key.device))
+        return torch.cat([prompt, drafts.to(prompt.device)], dim=1)
 
     def _attend_parts(self, call: AttentionCall) -> Tensor:
         key, value = self.tail.key, self.tail.value
@@ -267,12 +308,16 @@ class KVCacheLayer(CacheLayerMixin):
         keep = None if mask is None else mask[:, :, -1, start : start + sealed]
         names = () if self.evictor is None else self.evictor.carried
         carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in names}
-        new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried)
+        if self.evictor is not None and self.evictor.every:
+            self.segments = [segment.expanded() for segment in self.segments]
+        last = self.segments[-1]
+        like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
+        new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
         if self.evictor is not None and self.evictor.every:
             tokens = None if mask is None else mask[:, 0, -1, : start + sealed].sum(-1)
             self.segments = [self.evictor.evict([*self.segments, new], tokens, unsettled)]
-        elif self.segments[-1].rows == new.rows and self.segments[-1].layout.rows == new.layout.rows:
-            self.segments[-1] = Segment.join([self.segments[-1], new])
+        elif like is not None:
+            self.segments[-1] = Segment.join([like, new])
         else:
             self.segments.append(new)
         self.tail = tail.without_first(sealed)

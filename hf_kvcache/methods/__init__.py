@@ -5,6 +5,7 @@ from hf_kvcache.methods.criticalkv import CriticalKV
 from hf_kvcache.methods.defensivekv import DefensiveKV
 from hf_kvcache.methods.eviction_method import EvictionMethod, ScoringMethod
 from hf_kvcache.methods.expected_attention import ExpectedAttention
+from hf_kvcache.methods.fp8 import Fp8
 from hf_kvcache.methods.h2o import H2O
 from hf_kvcache.methods.headkv import HeadKV
 from hf_kvcache.methods.keydiff import KeyDiff
@@ -20,6 +21,8 @@ from hf_kvcache.methods.rkv import RKV
 from hf_kvcache.methods.snapkv import SnapKV
 from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
+from hf_kvcache.methods.turboquant import TurboQuant
+from hf_kvcache.methods.uniform import Uniform
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -41,6 +44,9 @@ METHODS: dict[str, type[Method]] = {
         PyramidKV,
         HeadKV,
         CriticalKV,
+        TurboQuant,
+        Uniform,
+        Fp8,
         Offload,
     )
 }
@@ -56,6 +62,7 @@ __all__ = [
     "DefensiveKV",
     "EvictionMethod",
     "ExpectedAttention",
+    "Fp8",
     "HeadKV",
     "KVSharer",
     "KVzip",
@@ -69,4 +76,6 @@ __all__ = [
     "ScoringMethod",
     "SnapKV",
     "StreamingLLM",
+    "TurboQuant",
+    "Uniform",
 ]

@@ -1,0 +1,173 @@
+"""`TurboQuantCodec`: rotated keys and values in 2 to 8 bits a number, attended without being decoded in memory.
+
+TurboQuant (arXiv 2504.19874) rotates every vector at random, so that its coordinates follow one known law, and
+quantises them with the best codebook for it. This is the practical form; `PaperTurboQuantCodec` is the published one.
+What is different, and why:
+
+- The rotation is a randomised Hadamard matrix, and the query is rotated instead of the keys back.
+- Of every (row, head) the mean of its keys is removed before the rotation. Most of the energy of keys is in it (58 % on
+  SmolLM2-135M after RoPE, 78 % before), and softmax needs it only as one number a query: q . mean. Tokens nearer to the
+  origin than to the mean, as attention sinks are, keep it, and have a scale that is not positive: without that the
+  sinks lose more than all others gain. Removing the mean before RoPE is no better there, and needs the positions.
+- The levels are t (a + b t²), fitted to the best codebook: as good, and computable where a table is slow.
+- The scale is searched (see `scalar.py`) instead of the norm.
+- No QJL residual: it makes inner products unbiased at the cost of a variance that softmax amplifies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.codebooks import cubic
+from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.rotation import rotation
+from hf_kvcache.codecs.scalar import quantise, stored
+from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
+
+BITS = (2, 3, 4, 8)
+# scales tried, in units of the norm: keys pay for a finer search, since their errors matter several times as much
+KEY_FACTORS = (0.9, 1.0, 1.1)
+VALUE_FACTORS = (0.92, 1.04)
+SMALLEST = 2.0**-24  # of float16
+
+
+@dataclass(frozen=True)
+class TurboQuantCodec:
+    """Keys and values as codes of a rotated vector and a float16 scale.
+
+    Payload: `key_codes` and `value_codes` `[N, D * bits / 8]`, `key_scale` and `value_scale` `[N]`; and, counting
+    owners instead of entries, `mean` `[owners, D]` in the dtype of the keys.
+
+    Args:
+        key_bits, value_bits: 2, 3, 4 or 8 bits a number.
+        center: remove the mean of the keys of every owner.
+        residual_length, block: see `Codec`.
+        seed: of the rotation.
+    """
+
+    name: ClassVar[str] = "turboquant"
+    lossy: ClassVar[bool] = True
+
+    key_bits: int = 4
+    value_bits: int = 4
+    center: bool = True
+    residual_length: int = 0
+    block: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        check_bits("key_bits", self.key_bits, BITS)
+        check_bits("value_bits", self.value_bits, BITS)
+
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
+        check_head_dim(key, value)
+        check_finite(key=key, value=value)
+        mean = _means(key, owners, self.center) if like is None else like["mean"]
+        turned = self._rotation(key)
+        key_levels, value_levels = self._levels(key)
+        rotated = key.to(torch.float32) @ turned
+        if self.center:
+            centred = rotated - _of_owners(mean.to(torch.float32) @ turned, owners, len(key))
+            # the error is in proportion to the norm
+            nearer = torch.linalg.vecdot(centred, centred) <= torch.linalg.vecdot(rotated, rotated)
+            rotated = torch.where(nearer[:, None], centred, rotated)
+        key_codes, key_scale, _ = quantise(rotated, key_levels, KEY_FACTORS)
+        if self.center:
+            # zero says that the mean was kept; a key that is the mean gets the least scale there is instead
+            key_scale = torch.where(nearer, key_scale.clamp_min(SMALLEST), -key_scale)
+        value_codes, value_scale, _ = quantise(value.to(torch.float32) @ turned, value_levels, VALUE_FACTORS)
+        return {
+            "key_codes": pack(key_codes, self.key_bits),
+            "key_scale": stored(key_scale),
+            "value_codes": pack(value_codes, self.value_bits),
+            "value_scale": stored(value_scale),
+            "mean": mean,
+        }
+
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean = payload["mean"]
+        key_levels, value_levels = self._levels(mean)
+        back = self._rotation(mean).T
+        scale = payload["key_scale"].to(torch.float32)
+        key = levels_of(payload["key_codes"], key_levels) @ back * scale.abs()[:, None]
+        if self.center:
+            key += _of_owners(mean.to(torch.float32), owners, len(key)) * (scale > 0)[:, None]
+        value = levels_of(payload["value_codes"], value_levels) @ back
+        value *= payload["value_scale"].to(torch.float32)[:, None]
+        return key.to(mean.dtype), value.to(mean.dtype)
+
+    def attend(
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads, tokens = shape
+        entries = slice(start, start + rows * heads * tokens)
+        turned = self._rotation(query)
+        exact = query.to(torch.float32)
+        key_levels, value_levels = self._levels(query)
+        out, lse = code_attention(
+            exact @ turned,
+            (payload["key_codes"][entries], payload["key_scale"][entries], key_levels),
+            (payload["value_codes"][entries], payload["value_scale"][entries], value_levels),
+            self._shift(exact, payload["mean"], owners),
+            mask,
+            scale=scale,
+            softcap=softcap,
+        )
+        return (out @ turned.T).to(query.dtype), lse
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        return select_entries(payload, index, owners, of_owners=("mean",))
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        return join_entries(payloads, shared=("mean",))
+
+    def _shift(self, query: Tensor, mean: Tensor, owners: Tensor | None) -> Tensor | None:
+        """q . mean `[R, H, M]`."""
+        if not self.center:
+            return None
+        means = mean.to(torch.float32)
+        means = means[:1, None] if owners is None else means[owners.clamp(max=len(means) - 1)]
+        if means.dim() == 4:
+            return torch.linalg.vecdot(query, means)
+        return (query @ means.unsqueeze(3)).squeeze(3)
+
+    def _rotation(self, like: Tensor) -> Tensor:
+        return rotation("hadamard", like.shape[-1], self.seed, like.device)
+
+    def _levels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return cubic(like.shape[-1], self.key_bits), cubic(like.shape[-1], self.value_bits)
+
+
+def _means(key: Tensor, owners: Tensor | None, center: bool) -> Tensor:
+    """The mean key `[owners, D]` of every owner."""
+    if not center:
+        return key.new_zeros(1, key.shape[1])
+    if owners is None:
+        return key.to(torch.float32).mean(0, keepdim=True).to(key.dtype)
+    count = int(owners.max()) + 1 if len(owners) else 1
+    owners = owners.to(key.device)
+    total = torch.zeros(count, key.shape[1], device=key.device).index_add_(0, owners, key.to(torch.float32))
+    members = torch.bincount(owners, minlength=count).clamp_min(1)
+    return (total / members[:, None]).to(key.dtype)
+
+
+def _of_owners(means: Tensor, owners: Tensor | None, entries: int) -> Tensor:
+    """The mean of every entry's owner, `[entries, D]`."""
+    if owners is None:
+        return means[:1].expand(entries, -1)
+    # owners behind the last one that had an entry use its mean, as good as any
+    return means[owners.to(means.device).clamp(max=len(means) - 1)]

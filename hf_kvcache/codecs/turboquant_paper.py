@@ -1,0 +1,197 @@
+"""`PaperTurboQuantCodec`: TurboQuant as published (arXiv 2504.19874), for comparison and for study.
+
+Setup: Π, the orthogonal factor of a Gaussian matrix; for every bit width the Lloyd-Max codebook c of a coordinate of a
+random unit vector in D dimensions. Algorithm 1, TurboQuant_mse, for x of norm |x|:
+
+    y = Π x / |x|,   idx_j = argmin_k |y_j - c_k|,   x~ = |x| Πᵀ c[idx]            b D bits and |x|
+
+Algorithm 2, TurboQuant_prod, whose inner products are unbiased:
+
+    x~_mse from b - 1 bits,   r = x - x~_mse,   qjl = sign(S r) with S Gaussian,   γ = |r|
+    x~ = x~_mse + √(π/2) / D γ Sᵀ qjl                                              b D bits, |x| and γ
+
+Fractional widths split the channels in two sets, each with its own instance: those with most energy, the outliers, get
+one bit more. The paper calls 32 of 128 channels with 3 bits and 96 with 2 "2.5 bits"; it is 2.25. Here half of the
+channels are outliers unless `outlier_channels` says otherwise, which is 2.5. Norms are float16: `bits_per_element`
+counts them.
+
+Attention decodes a few thousand entries at a time; keys and values are rotated back, so it is slow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.chunks import attend_in_chunks
+from hf_kvcache.codecs.codebooks import lloyd_max
+from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.rotation import rotation
+from hf_kvcache.codecs.scalar import stored
+from hf_kvcache.kernels.code_attention import levels_of, pack
+
+BITS = (2, 2.5, 3, 3.5, 4, 8)
+# prod keeps one of its bits for the signs
+PROD_BITS = (2, 3, 4)
+VARIANTS = ("mse", "prod")
+
+
+@dataclass(frozen=True)
+class PaperTurboQuantCodec:
+    """Keys by the chosen variant, values by TurboQuant_mse.
+
+    Payload, with x one of key and value and i the number of the instance (0 the outliers, 1 the others): `x_i_codes`,
+    `x_i_norm`; of the keys of prod `key_i_signs`, `key_i_residual`; and `x_order` `[D]`, the channels, outliers first.
+
+    Args:
+        key_bits, value_bits: 2, 2.5, 3, 3.5, 4 or 8; prod takes 2, 3 and 4.
+        variant: `"mse"` or `"prod"`.
+        outlier_channels: of a fractional width; None for half of the channels.
+        residual_length, block: see `Codec`.
+        seed: of Π and S.
+    """
+
+    name: ClassVar[str] = "turboquant-paper"
+    lossy: ClassVar[bool] = True
+
+    key_bits: float = 4
+    value_bits: float = 4
+    variant: str = "mse"
+    outlier_channels: int | None = None
+    residual_length: int = 0
+    block: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        check_bits("key_bits", self.key_bits, PROD_BITS if self.variant == "prod" else BITS)
+        check_bits("value_bits", self.value_bits, BITS)
+
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
+        check_head_dim(key, value)
+        check_finite(key=key, value=value)
+        payload = {"like": key.new_zeros(1)}
+        for name, tensor, bits in (("key", key, self.key_bits), ("value", value, self.value_bits)):
+            x = tensor.to(torch.float32)
+            given = None if like is None else like[f"{name}_order"]
+            order = torch.argsort(x.square().sum(0), descending=True, stable=True) if given is None else given.long()
+            payload[f"{name}_order"] = order.to(torch.int16)
+            parts = self._parts(bits, x.shape[1])
+            for number, (part, (width, _)) in enumerate(
+                zip(x[:, order].split([count for _, count in parts], dim=1), parts, strict=True)
+            ):
+                payload |= {f"{name}_{number}_{what}": t for what, t in self._encode(part, width, name).items()}
+        return payload
+
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._decode(payload, 0, len(payload["key_0_norm"]))
+
+    def attend(
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return attend_in_chunks(
+            lambda first, last: self._decode(payload, first, last), start, shape, query, scale, softcap, mask
+        )
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        return select_entries(payload, index, shared=("like", "key_order", "value_order"))
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        return join_entries(payloads, shared=("like", "key_order", "value_order"))
+
+    def bits_per_element(self, dim: int) -> float:
+        """The true bits a number of keys and values, norms included; the channels' order is counted apart."""
+        total = 0.0
+        for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
+            for width, count in self._parts(bits, dim):
+                norms = 2 if name == "key" and self.variant == "prod" else 1
+                total += width * count + 16 * norms
+        return total / 2 / dim
+
+    def _parts(self, bits: float, dim: int) -> list[tuple[int, int]]:
+        """(bits, channels) of every instance."""
+        if bits == int(bits):
+            return [(int(bits), dim)]
+        outliers = dim // 2 if self.outlier_channels is None else self.outlier_channels
+        if not 8 <= outliers <= dim - 8 or outliers % 8:
+            raise ValueError(
+                f"outlier_channels must be a multiple of 8 between 8 and {dim - 8} at head_dim {dim}, got {outliers}"
+            )
+        return [(math.ceil(bits), outliers), (math.floor(bits), dim - outliers)]
+
+    def _encode(self, x: Tensor, bits: int, name: str) -> Payload:
+        residual = self.variant == "prod" and name == "key"
+        width = bits - 1 if residual else bits
+        dim = x.shape[1]
+        turned = rotation("dense", dim, self.seed, x.device)
+        norm = torch.linalg.vector_norm(x, dim=1)
+        unit = x / norm.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        levels = lloyd_max(dim, width).to(x.device, torch.float32)
+        codes = torch.bucketize(unit @ turned * dim**0.5, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        payload = {"norm": stored(norm)}
+        if residual:
+            left = unit - levels[codes.int()] / dim**0.5 @ turned.T
+            signs = (left @ _projection(dim, self.seed, x.device).T >= 0).to(torch.uint8)
+            payload |= {"signs": _pack_signs(signs), "residual": stored(torch.linalg.vector_norm(left, dim=1) * norm)}
+        payload["codes"] = _pack_signs(codes) if width == 1 else pack(codes, width)
+        return payload
+
+    def _decode(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+        decoded = []
+        for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
+            order = payload[f"{name}_order"].long()
+            parts = [
+                self._decode_part(payload, f"{name}_{number}", slice(first, last), width, count)
+                for number, (width, count) in enumerate(self._parts(bits, len(order)))
+            ]
+            x = torch.cat(parts, dim=1)
+            decoded.append(torch.empty_like(x).index_copy_(1, order, x).to(payload["like"].dtype))
+        return decoded[0], decoded[1]
+
+    def _decode_part(self, payload: Payload, prefix: str, entries: slice, bits: int, dim: int) -> Tensor:
+        codes, norm = (payload[f"{prefix}_{what}"][entries] for what in ("codes", "norm"))
+        residual = f"{prefix}_signs" in payload
+        width = bits - 1 if residual else bits
+        levels = lloyd_max(dim, width)
+        rotated = (_unpack_signs(codes) * levels[1].item()) if width == 1 else levels_of(codes, levels)
+        x = rotated / dim**0.5 @ rotation("dense", dim, self.seed, codes.device).T * norm.to(torch.float32)[:, None]
+        if residual:
+            length = payload[f"{prefix}_residual"][entries].to(torch.float32)
+            signs = _unpack_signs(payload[f"{prefix}_signs"][entries])
+            x += math.sqrt(math.pi / 2) / dim * length[:, None] * (signs @ _projection(dim, self.seed, x.device))
+        return x
+
+
+def _projection(dim: int, seed: int, device: torch.device) -> Tensor:
+    """S `[D, D]` with independent entries of N(0, 1)."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(dim, dim, generator=generator).to(device)
+
+
+def _pack_signs(bits: Tensor) -> Tensor:
+    """Eight of the bits `[N, D]`, uint8 of 0 and 1, to a byte."""
+    packed = bits[:, ::8].clone()
+    for place in range(1, 8):
+        packed |= bits[:, place::8] << place
+    return packed
+
+
+def _unpack_signs(packed: Tensor) -> Tensor:
+    """+1 and -1, float32 `[N, D]`."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, :, None] >> places & 1).to(torch.float32) * 2 - 1).flatten(1)

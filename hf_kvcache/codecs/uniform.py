@@ -1,0 +1,164 @@
+"""`UniformCodec`: a grid of equal steps between the least and the largest number of a group; no rotation.
+
+    code = round((x - zero) / step),   zero = min of the group,   step = (max - min) / (2^bits - 1)
+
+What most libraries do, and what the others are to be compared with. Groups of values lie along the channels of one
+token. Those of keys do so too, or, with `key_axis="channel"`, lie along the tokens of one channel, since outliers of
+keys stay in their channel (KIVI, arXiv 2402.02750).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.chunks import attend_in_chunks
+from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.scalar import as_stored, stored
+from hf_kvcache.kernels.code_attention import pack, unpack
+
+BITS = (2, 3, 4, 8)
+AXES = ("channel", "token")
+
+
+@dataclass(frozen=True)
+class UniformCodec:
+    """Codes with a step and a zero for every group.
+
+    Payload: `key_codes`, `value_codes` `[N, D * bits / 8]`; `value_step`, `value_zero` `[N, groups]`; of keys the same,
+    or, counting groups of consecutive entries instead of entries, `[groups, D]`. Once entries were selected these
+    groups are not consecutive any more, and `key_group` `[N]` says which is whose.
+
+    Args:
+        key_bits, value_bits: 2, 3, 4 or 8 bits a number.
+        key_axis: `"channel"`: a group of keys is one channel of `group_size` tokens; `"token"`: channels of one token.
+        group_size: numbers in a group; in groups of channels the head_dim when that is less.
+        residual_length, block: see `Codec`.
+    """
+
+    name: ClassVar[str] = "uniform"
+    lossy: ClassVar[bool] = True
+
+    key_bits: int = 4
+    value_bits: int = 4
+    key_axis: str = "channel"
+    group_size: int = 64
+    residual_length: int = 0
+    block: int = 0
+
+    def __post_init__(self):
+        check_bits("key_bits", self.key_bits, BITS)
+        check_bits("value_bits", self.value_bits, BITS)
+        if self.key_axis not in AXES:
+            raise ValueError(f"key_axis must be one of {', '.join(AXES)}, got {self.key_axis!r}")
+        if not isinstance(self.group_size, int) or self.group_size < 8:
+            raise ValueError(f"group_size must be a whole number of at least 8, got {self.group_size!r}")
+
+    def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
+        check_head_dim(key, value)
+        check_finite(key=key, value=value)
+        by_channel = self.key_axis == "channel"
+        key_codes, key_step, key_zero = (self._by_channel if by_channel else self._by_token)(key, self.key_bits)
+        value_codes, value_step, value_zero = self._by_token(value, self.value_bits)
+        return {
+            "key_codes": pack(key_codes, self.key_bits),
+            "key_step": stored(key_step),
+            "key_zero": stored(key_zero),
+            "value_codes": pack(value_codes, self.value_bits),
+            "value_step": stored(value_step),
+            "value_zero": stored(value_zero),
+            "like": key.new_zeros(1),
+        }
+
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._decode(payload, 0, len(payload["key_codes"]))
+
+    def attend(
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return attend_in_chunks(
+            lambda first, last: self._decode(payload, first, last), start, shape, query, scale, softcap, mask
+        )
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        if self.key_axis == "token":
+            return select_entries(payload, index, shared=("like",))
+        groups = {"key_group": self._group_of(payload, index).to(torch.int32)}
+        # the steps of groups that have lost all their entries stay: they are few, and numbers do not change
+        return groups | select_entries(
+            {name: tensor for name, tensor in payload.items() if name != "key_group"},
+            index,
+            shared=("like", "key_step", "key_zero"),
+        )
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        if self.key_axis == "token":
+            return join_entries(payloads, shared=("like",))
+        parts, groups = [], 0
+        for payload in payloads:
+            entries = torch.arange(len(payload["key_codes"]))
+            parts.append(payload | {"key_group": (self._group_of(payload, entries) + groups).to(torch.int32)})
+            groups += len(payload["key_step"])
+        # steps and zeros count groups, and are joined like entries all the same
+        return join_entries(parts, shared=("like",))
+
+    def _by_token(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `[N, D]`, steps and zeros `[N, groups]`."""
+        dim = x.shape[1]
+        size = min(self.group_size, dim)
+        if dim % size:
+            raise ValueError(f"group_size must divide the head_dim {dim} or exceed it, got {self.group_size}")
+        codes, step, zero = _grid(x.to(torch.float32).view(len(x), -1, size), bits, dim=2)
+        return codes.view(x.shape), step.squeeze(2), zero.squeeze(2)
+
+    def _by_channel(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `[N, D]`, steps and zeros `[groups of tokens, D]`; the last group may be short."""
+        missing = -len(x) % self.group_size
+        padded = torch.cat([x, x[-1:].expand(missing, -1)]).to(torch.float32)
+        codes, step, zero = _grid(padded.view(-1, self.group_size, x.shape[1]), bits, dim=1)
+        return codes.view(padded.shape)[: len(x)], step.squeeze(1), zero.squeeze(1)
+
+    def _group_of(self, payload: Payload, entries: Tensor) -> Tensor:
+        """The group of the keys of some entries."""
+        groups = payload.get("key_group")
+        return entries.to(payload["key_codes"].device) // self.group_size if groups is None else groups[entries]
+
+    def _decode(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+        key, value = (
+            unpack(payload[f"{name}_codes"][first:last], bits).to(torch.float32)
+            for name, bits in (("key", self.key_bits), ("value", self.value_bits))
+        )
+        if self.key_axis == "channel":
+            group = self._group_of(payload, torch.arange(first, last, device=key.device))
+            key = key * payload["key_step"][group].float() + payload["key_zero"][group].float()
+        else:
+            key = _of_grid(key, payload["key_step"][first:last], payload["key_zero"][first:last])
+        value = _of_grid(value, payload["value_step"][first:last], payload["value_zero"][first:last])
+        return key.to(payload["like"].dtype), value.to(payload["like"].dtype)
+
+
+def _grid(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, steps and zeros of the groups along `dim`."""
+    zero = as_stored(x.amin(dim, keepdim=True))
+    step = as_stored((x.amax(dim, keepdim=True) - zero) / (2**bits - 1))
+    codes = ((x - zero) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), step, zero
+
+
+def _of_grid(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """The numbers of codes `[N, D]` in groups along the channels."""
+    grouped = codes.view(*step.shape, -1)
+    return (grouped * step.float()[..., None] + zero.float()[..., None]).view(codes.shape)
