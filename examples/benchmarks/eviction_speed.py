@@ -24,26 +24,30 @@ from statistics import median
 import torch
 from common import write_results
 
-from hf_kvcache import patch_model, smollm2, unpatch_model
-from hf_kvcache.measure import cache_bytes, speed
+from hf_kvcache import HeadImportance, patch_model, smollm2, unpatch_model
+from hf_kvcache.measure import cache_bytes
 
 METHODS = {
     "none": {},
-    "snapkv": {"window": 64},
-    "adakv": {"window": 64},
+    "snapkv": {},
+    "adakv": {},
+    "headkv": {},
     "criticalkv l2": {"norm": "l2"},
-    "adakv+criticalkv l2": {"norm": "l2"},
     "adakv+criticalkv l1": {"norm": "l1"},
     "kvzip": {},
 }
 
 
 def patch(model, tokenizer, name: str, budget: float) -> None:
-    method = name.split()[0]
+    method, options = name.split()[0], dict(METHODS[name])
     if method == "none":
         patch_model(model)
-    else:
-        patch_model(model, method, tokenizer=tokenizer, budget=budget, **METHODS[name])
+        return
+    if method == "headkv":
+        # which heads matter does not matter here
+        shape = model.config.num_hidden_layers, model.config.num_attention_heads
+        options["importance"] = HeadImportance(torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+    patch_model(model, method, tokenizer=tokenizer, budget=budget, **options)
 
 
 def context(tokenizer, length: int) -> torch.Tensor:
@@ -53,11 +57,18 @@ def context(tokenizer, length: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prefill_seconds(model, ids: torch.Tensor) -> float:
-    """CPU seconds of one prefill, which other work on the machine disturbs less than wall time."""
+def timed(model, ids: torch.Tensor, steps: int) -> tuple[float, float, int]:
+    """CPU seconds of a prefill, which other work disturbs less than wall time; wall seconds of the median decode step;
+    and bytes held between them."""
     start = time.process_time()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    return time.process_time() - start
+    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    prefill, held, times = time.process_time() - start, cache_bytes(out.past_key_values), []
+    for _ in range(steps):
+        token = out.logits[:, -1:].argmax(-1)
+        begin = time.perf_counter()
+        out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
+        times.append(time.perf_counter() - begin)
+    return prefill, median(times), held
 
 
 def peak_memory(name: str, length: int, budget: float) -> float:
@@ -101,6 +112,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="the first must be none")
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which takes a process a method")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -109,29 +121,24 @@ def main() -> None:
         return
     model, tokenizer = smollm2.load()
     ids = context(tokenizer, options.context)
-    decode: dict[str, list[float]] = {name: [] for name in METHODS}
-    prefill: dict[str, list[float]] = {name: [] for name in METHODS}
+    names = options.methods or list(METHODS)
+    decode: dict[str, list[float]] = {name: [] for name in names}
+    prefill: dict[str, list[float]] = {name: [] for name in names}
     held: dict[str, int] = {}
-    with torch.no_grad():
-        full_bytes = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
     for _ in range(options.repetitions):
-        default = speed(model, ids, options.steps)
+        _, default, full_bytes = timed(model, ids, options.steps)
         own = 0.0
-        for name in METHODS:
+        for name in names:
             patch(model, tokenizer, name, options.budget)
-            seconds = prefill_seconds(model, ids)
-            own = seconds if name == "none" else own
-            prefill[name].append(seconds / own)
-            measured = speed(model, ids, options.steps)
-            decode[name].append(default.decode / measured.decode)
-            if name not in held:
-                with torch.no_grad():
-                    held[name] = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
+            seconds, step, held[name] = timed(model, ids, options.steps)
             unpatch_model(model)
-    peaks = {} if options.no_peak else {name: peak_memory(name, options.context, options.budget) for name in METHODS}
+            own = own or seconds
+            prefill[name].append(seconds / own)
+            decode[name].append(default / step)
+    peaks = {} if options.no_peak else {name: peak_memory(name, options.context, options.budget) for name in names}
     default_peak = 0.0 if options.no_peak else peak_memory("default", options.context, options.budget)
     rows = []
-    for name in METHODS:
+    for name in names:
         row = {
             "method": name,
             "context": options.context,
