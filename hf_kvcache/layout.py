@@ -44,7 +44,7 @@ class Layout:
         """The layout of `lengths` `[S, H_kv]`."""
         return cls(tuple(tuple(row) for row in lengths.tolist()))
 
-    @cached_property
+    @property
     def runs(self) -> Tensor:
         """The lengths of all runs, `[S * H_kv]`."""
         return torch.tensor(self.lengths).flatten()
@@ -68,12 +68,12 @@ class Layout:
         wanted = int(self.runs.sum()) // (4 * len(self.runs))
         return min(max(1 << max(wanted, 1).bit_length() - 1, SMALLEST_BLOCK), LARGEST_BLOCK)
 
-    @cached_property
+    @property
     def blocks(self) -> Tensor:
         """The number of full blocks of every run."""
         return torch.zeros_like(self.runs) if self.uniform else self.runs // self.block
 
-    # these three are as long as the segment itself and are not kept
+    # tensors are made when they are asked for: a layout lives as long as its segment, and only bytes that pay are kept
 
     @property
     def owners(self) -> Tensor:

@@ -64,7 +64,7 @@ def build(name: str, **options):
 def methods_of(triple, **options):
     """Method instances for `patch_model`; the scorer carries the budget."""
     scorer, *others = triple
-    return [build(scorer, **options), *(build(name) for name in others if name in METHODS)]
+    return [build(scorer, **options), *(build(name) for name in others if name not in ("uniform", "top-k"))]
 
 
 def observe(**fields):
