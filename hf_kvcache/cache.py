@@ -74,7 +74,7 @@ class KVCache(Cache):
     def remember_prompt(self, ids: Tensor) -> None:
         """Takes the token ids `[B, L]` of a forward that brings a prompt or a part of it."""
         policy = self.spec.eviction
-        if policy is None or not policy.deferred or self.replaying or self._sealed:
+        if policy is None or not policy.deferred or not self.spec.evicting or self.replaying or self._sealed:
             return
         self.prompt_ids = ids if self.prompt_ids is None else torch.cat([self.prompt_ids, ids], dim=1)
 

@@ -10,6 +10,15 @@ import re
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+# the texts that every library was run on
+DOCUMENTS = ("topics", "play")
+PEER_FIGURES = {
+    "bytes_share": "{:.3f}",
+    "bytes_share_after_steps": "{:.3f}",
+    "natural_kl": "{:.4f}",
+    "recall_nll": "{:.2f}",
+    "needle_accuracy": "{:.2f}",
+}
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -70,10 +79,73 @@ def orders_table() -> str:
     return markdown(["order", "KL", "search", "plan"], lines)
 
 
+def eviction_table() -> str:
+    """Bytes, cost and speed of eviction at 4k context."""
+    lines = [
+        [
+            row["method"],
+            f"{float(row['kv_bytes_of_default']):.3f}",
+            f"{float(row['prefill_overhead']):+.1%}",
+            f"{float(row['decode_speedup']):.2f} ({float(row['decode_speedup_min']):.2f} to "
+            f"{float(row['decode_speedup_max']):.2f})",
+            f"{float(row['peak_mb']):.0f} MB",
+        ]
+        for row in rows("eviction_speed_4096")
+    ]
+    default = float(rows("eviction_speed_4096")[0]["default_peak_mb"])
+    header = ["method", "KV bytes", "added to the prefill", "decode speed (lowest to highest)"]
+    return markdown([*header, f"peak memory of the prefill (default: {default:.0f} MB)"], lines)
+
+
+def peers_table() -> str:
+    """Ours, kvpress and transformers by one protocol: the mean over the documents that all were run on."""
+    names = {"ours": "hf_kvcache", "kvpress": "kvpress 0.5.5", "transformers": "transformers"}
+    grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows("peers"):
+        if row["document"] in DOCUMENTS and not row["error"]:
+            method = re.sub(r"\{.*", "", row["method"])
+            grouped.setdefault((row["kept"] or "1", method, row["backend"]), []).append(row)
+    lines = []
+    for (kept, method, backend), found in sorted(grouped.items(), reverse=True):
+        if len(found) == len(DOCUMENTS):
+            figures = [sum(float(row[key]) for row in found) / len(found) for key in PEER_FIGURES]
+            shown = [form.format(figure) for form, figure in zip(PEER_FIGURES.values(), figures, strict=True)]
+            lines.append([method, names[backend], f"{float(kept):.0%}", *shown])
+    header = ["method", "library", "tokens kept", "bytes after the prefill", "after two steps"]
+    return markdown([*header, "KL", "recall", "needles"], lines)
+
+
+def quantisation_table() -> str:
+    """Mean over five domains of KL and loss by method."""
+    lines = [
+        [
+            row["method"],
+            f"{float(row['kv_bytes_of_full']):.3f}",
+            f"{float(row['kl']):.4f}",
+            f"{float(row['loss_increase']):+.3f}",
+            f"{float(row['top1']):.1%}",
+        ]
+        for row in rows("turboquant_fidelity")
+        if row["domain"] == "mean"
+    ]
+    return markdown(["method", "KV bytes", "KL", "loss", "same top token"], lines)
+
+
+TABLES = {
+    "speed": speed_table,
+    "healing": healing_table,
+    "orders": orders_table,
+    "eviction": eviction_table,
+    "peers": peers_table,
+    "quantisation": quantisation_table,
+}
+
+
 def filled(text: str) -> str:
     """The README with its tables renewed."""
-    for name, table in (("speed", speed_table()), ("healing", healing_table()), ("orders", orders_table())):
-        text = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.DOTALL)
+    for name, table in TABLES.items():
+        marked = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text = re.sub(marked, lambda found, table=table: f"{found[1]}{table()}\n{found[2]}", text, flags=re.DOTALL)
     return text
 
 
