@@ -90,13 +90,21 @@ def calibrate_headkv(
 
 
 @app.command()
-def report(path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")]) -> None:
+def report(
+    path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Of a cache: picture of what every head holds and which tokens.")
+    ] = None,
+    row: Annotated[int, typer.Option(help="Row of the batch that the picture is of.")] = 0,
+) -> None:
     """Say what is in a file that this library wrote."""
     from hf_kvcache import persistence, safefile, sharing
     from hf_kvcache.eviction import importance
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
     found = description["format"]
+    if plot is not None and found != persistence.FORMAT:
+        raise ValueError(f"--plot is for a saved cache, but {path} has the format {found!r}; leave --plot out")
     if found == importance.FORMAT:
         values = tensors["values"]
         console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(values)} layers")
@@ -115,6 +123,12 @@ def report(path: Annotated[Path, typer.Argument(help="A saved plan, head importa
     elif found == persistence.FORMAT:
         seen = max(layer.get("seen", 0) for layer in description["layers"])
         console.print(f"tokens seen: {seen}; {size:,} bytes of keys and values")
+        if plot is not None:
+            from hf_kvcache.plots import save_plot
+            from hf_kvcache.report import cache_of_file
+
+            save_plot(cache_of_file(path), plot, row=row)
+            console.print(f"wrote {plot}")
 
 
 def plan_text(plan: Any) -> str:
