@@ -86,6 +86,11 @@ def method_rows(
         healed = SharingPlan.load(path)
         rows.append((f"kvsharer {share:.1%}", "kvsharer", {"plan": replace(healed, healed={})}))
         rows.append((f"kvsharer {share:.1%} healed", "kvsharer", {"plan": healed}))
+    quarter = {"budget": 0.25, "tokenizer": tokenizer}
+    rows.append(("adakv+criticalkv 25%", "adakv+criticalkv", quarter))
+    rows.append(("kvzip 25%", "kvzip", quarter))
+    rows.append(("turboquant 4 bits", "turboquant", {"bits": 4}))
+    rows.append(("kvzip 25% + 4 bits", "kvzip+turboquant", {**quarter, "bits": 4}))
     return rows
 
 

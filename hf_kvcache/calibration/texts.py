@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 # fewer tokens than this determine no regression worth having
 LEAST_TOKENS = 1024
@@ -61,6 +60,9 @@ def token_windows(
 
 def find_tokenizer(model: nn.Module) -> Any:
     """The tokenizer saved beside the model."""
+    # its module takes as long to import as the rest of this library
+    from transformers import AutoTokenizer
+
     path = getattr(model.config, "_name_or_path", "")
     try:
         return AutoTokenizer.from_pretrained(path)
