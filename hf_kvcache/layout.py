@@ -13,7 +13,7 @@ remainders, and one merge of the partial results, however many heads there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -100,8 +100,7 @@ class Layout:
 
     def tensors(self) -> list[Tensor]:
         """The indices kept for attention."""
-        plans = self._plans.values()
-        return [t for plan in plans for t in (plan.block_owner, plan.partials, *(mask for _, mask in plan.rests))]
+        return [tensor for plan in self._plans.values() for tensor in plan.tensors()]
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The entries as a rectangle whose short runs begin late.
@@ -132,31 +131,27 @@ class Layout:
             owners = torch.arange(self.rows * self.heads, device=query.device).view(self.rows, self.heads)
             return attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
         plan = self._plan(query.device)
-        by_run = query.flatten(0, 1)
+        by_run, queries = query.flatten(0, 1), query.shape[2]
         outs, lses = [], []
         if len(plan.block_owner):
             shape = (len(plan.block_owner), 1, self.block)
-            out, lse = attend_block(
-                0, shape, by_run[plan.block_owner].unsqueeze(1), None, plan.block_owner.unsqueeze(1)
-            )
+            part = by_run[plan.block_owner].unsqueeze(1)
+            out, lse = attend_block(0, shape, part, None, plan.block_owner.unsqueeze(1))
             outs.append(out.squeeze(1))
             lses.append(lse.squeeze(1))
-        for row, (start, mask) in enumerate(plan.rests):
+        for row, (start, mask, owner) in enumerate(plan.rests_for(queries)):
             # all heads of a row look at the remainders of all of them, each through its own mask
-            columns = mask.shape[1]
+            columns = mask.shape[-1]
             if not columns:
                 out, lse = torch.zeros_like(query[row]), query.new_full(query.shape[1:3], -torch.inf)
             else:
                 flat = query[row].reshape(1, 1, -1, query.shape[-1])
-                wide = mask.repeat_interleave(query.shape[2], 0)[None, None]
-                owner = torch.arange(row * self.heads, (row + 1) * self.heads, device=query.device)
-                owner = owner.repeat_interleave(query.shape[2])[None, None]
-                out, lse = attend_block(start, (1, 1, columns), flat, wide, owner)
+                out, lse = attend_block(start, (1, 1, columns), flat, mask, owner)
                 out, lse = out.view(query[row].shape), lse.view(query.shape[1:3])
             outs.append(out)
             lses.append(lse)
-        out, lse = merge_partials(torch.cat(outs), torch.cat([part.float() for part in lses]), plan.partials)
-        return out.view(query.shape), lse.view(query.shape[:-1])
+        out, lse = merge_partials(torch.cat(outs), torch.cat([part.float() for part in lses]), plan.owned)
+        return out.view(query.shape), lse.reshape(query.shape[:-1])
 
     def _plan(self, device: torch.device) -> _Plan:
         if device not in self._plans:
@@ -176,12 +171,12 @@ class Layout:
             owner = torch.arange(self.heads).repeat_interleave(rest[row])
             rests.append((start, (owner == torch.arange(self.heads)[:, None]).to(device)))
             start += len(owner)
-        # every run merges its blocks and its remainder, -1 for none
+        # every run merges its blocks and its remainder; the remainders of all runs follow the blocks
         run = torch.arange(len(self.runs))
-        partials = torch.full((len(self.runs), int(self.blocks.max()) + 1), -1)
-        partials[run.repeat_interleave(self.blocks), _count_up(self.blocks)] = torch.arange(count)
-        partials[:, -1] = torch.where(rest.flatten() > 0, count + run, -1)
-        return _Plan(run.repeat_interleave(self.blocks).to(device), rests, partials.to(device))
+        block_owner = run.repeat_interleave(self.blocks)
+        part_owner = torch.cat([block_owner, torch.where(rest.flatten() > 0, run, -1)])
+        owned = torch.zeros(len(run), len(part_owner)).masked_fill_(part_owner != run[:, None], -torch.inf)
+        return _Plan(block_owner.to(device), rests, owned.to(device))
 
 
 @dataclass(frozen=True)
@@ -191,12 +186,31 @@ class _Plan:
     Args:
         block_owner: the run of every full block.
         rests: for every row the first entry of its remainders and whose they are, `[H_kv, entries]`.
-        partials: for every run which of all partial results are its own, -1 for none.
+        owned: for every run which of all partial results are its own, `[runs, partial results]`, 0 or -inf.
     """
 
     block_owner: Tensor
     rests: list[tuple[int, Tensor]]
-    partials: Tensor
+    owned: Tensor
+    _wide: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
+
+    def rests_for(self, queries: int) -> list[tuple[int, Tensor, Tensor]]:
+        """The remainders for `queries` queries a head: first entry, mask `[1, 1, H_kv * queries, entries]` and the run
+        of every query `[1, 1, H_kv * queries]`. Those of the last number asked for are kept: decoding repeats it."""
+        if queries not in self._wide:
+            self._wide.clear()
+            wide = []
+            for row, (start, mask) in enumerate(self.rests):
+                owner = torch.arange(row * len(mask), (row + 1) * len(mask), device=mask.device)
+                spread = mask.repeat_interleave(queries, 0)[None, None]
+                wide.append((start, spread, owner.repeat_interleave(queries)[None, None]))
+            self._wide[queries] = wide
+        return self._wide[queries]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything kept."""
+        wide = [tensor for rests in self._wide.values() for _, mask, owner in rests for tensor in (mask, owner)]
+        return [self.block_owner, self.owned, *(mask for _, mask in self.rests), *wide]
 
 
 def _count_up(counts: Tensor) -> Tensor:

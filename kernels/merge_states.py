@@ -45,15 +45,15 @@ def merge_partials(out: Tensor, lse: Tensor, owned: Tensor) -> tuple[Tensor, Ten
     Args:
         out: partial results `[P, M, D]`.
         lse: `[P, M]`, -inf for a part that saw no key.
-        owned: `[R, K]`, for every owner the indices of its parts, -1 for none.
+        owned: `[R, P]`, 0 where a part is the owner's and -inf where it is not.
 
     Returns:
         out `[R, M, D]` and lse `[R, M]`; an owner without keys has out 0 and lse -inf.
     """
-    absent = owned < 0
-    parts = lse[owned].masked_fill(absent.unsqueeze(-1), -torch.inf)
-    total = parts.logsumexp(1)
-    # -inf - -inf, where an owner has no keys, is nan
-    weight = (parts - total.unsqueeze(1)).exp().nan_to_num(0.0)
-    merged = torch.einsum("rkm,rkmd->rmd", weight, out[owned].to(weight.dtype))
-    return merged.to(out.dtype), total
+    parts = lse.t().unsqueeze(1) + owned
+    # not -inf, or an owner without keys would be nan
+    highest = parts.amax(-1, keepdim=True).clamp_min(torch.finfo(parts.dtype).min)
+    weight = (parts - highest).exp_()
+    mass = weight.sum(-1, keepdim=True)
+    merged = torch.bmm(weight, out.transpose(0, 1).to(weight.dtype)).div_(mass.clamp_min(torch.finfo(mass.dtype).tiny))
+    return merged.transpose(0, 1).to(out.dtype), (mass.log() + highest).squeeze(-1).t()
