@@ -10,20 +10,21 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_kvcache.attention import SharingContext
-from hf_kvcache.calibration.healing import PairJudge, heal_plan
-from hf_kvcache.calibration.retrieval_heads import measure_head_importance
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer, token_windows
 from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from hf_kvcache.calibration.healing import PairJudge
 
 KEPT_TRACES = 3
 
@@ -119,17 +120,23 @@ class ModelProbe:
         """KL(untouched || shared and healed) when only this pair of layers shares (see `calibration.healing`)."""
         if (consumer, source) not in self._divergences:
             with self.attached():
+                from hf_kvcache.calibration.healing import PairJudge
+
                 self._pair_judge = self._pair_judge or PairJudge(self)
                 self._divergences[consumer, source] = self._pair_judge.divergence(consumer, source)
         return self._divergences[consumer, source]
 
     def head_importance(self, samples: int, length: int) -> HeadImportance:
         """How much every head matters for retrieval (see `calibration.retrieval_heads`)."""
+        from hf_kvcache.calibration.retrieval_heads import measure_head_importance
+
         return measure_head_importance(self, samples, length)
 
     @torch.no_grad()
     def heal(self, plan: SharingPlan) -> SharingPlan:
         """The plan with refitted weights for its consumers (see `calibration.healing`)."""
+        from hf_kvcache.calibration.healing import heal_plan
+
         return heal_plan(self, plan)
 
     @property
