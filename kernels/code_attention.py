@@ -200,7 +200,7 @@ def _decoded(
             yield slice(block, block + count), slice(token, token + size), found.view(count, size, dim)
 
 
-@torch.library.register_fake("hf_kvcache::code_attention", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "code_attention", "Meta")
 def _(query, key_codes, key_scale, value_codes, value_scale, key_levels, value_levels, bias, mask, scale, softcap):
     return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
 

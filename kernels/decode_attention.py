@@ -63,7 +63,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-@torch.library.register_fake("hf_kvcache::decode_attention", lib=LIBRARY)
+@torch.library.impl(LIBRARY, "decode_attention", "Meta")
 def _(query, key, value, mask, scale, softcap):
     return query.new_empty(*query.shape[:-1], value.shape[-1]), query.new_empty(
         query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32)

@@ -8,6 +8,7 @@ Lowest first: `kernels`, then the axes (`sharing`, `eviction`, `codecs`, `stores
 import ast
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -236,15 +237,17 @@ print(json.dumps({{"seconds": seconds, "new": new}}))
 
 
 @pytest.fixture(scope="module")
-def fresh_imports() -> list[dict]:
-    """What new processes say, until one is within the limit: other work on the machine can only add to the time."""
+def fresh_imports(tmp_path_factory) -> list[dict]:
+    """What three new processes say that find bytecode, as pip leaves it at installation; a first one writes it here."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
+    command = [sys.executable, "-c", PROBE.format(base=BASE)]
     runs: list[dict] = []
-    while len(runs) < 2 or (len(runs) < 12 and min(run["seconds"] for run in runs) > LIMIT):
-        command = [sys.executable, "-c", PROBE.format(base=BASE)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for _ in range(4):
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
-    return runs
+    return runs[1:]
 
 
 def test_import_brings_no_optional_package(fresh_imports):
@@ -255,4 +258,4 @@ def test_import_brings_no_optional_package(fresh_imports):
 
 def test_import_is_quick(fresh_imports):
     seconds = [run["seconds"] for run in fresh_imports]
-    assert min(seconds) <= LIMIT, f"import hf_kvcache took {seconds} CPU seconds"
+    assert statistics.median(seconds) <= LIMIT, f"import hf_kvcache took {seconds} CPU seconds"
