@@ -39,9 +39,10 @@ class DenseCodec:
         mask: Tensor | None = None,
         owners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        rows, heads, tokens = shape
+        (rows, heads, tokens), readers = shape, query.shape[1]
+        entries = slice(start, start + rows * heads * tokens)
         key, value = (
-            payload[name][start : start + rows * heads * tokens].view(rows, heads, tokens, -1)
+            payload[name][entries].view(rows, heads, tokens, -1).expand(-1, readers, -1, -1)
             for name in ("key", "value")
         )
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
