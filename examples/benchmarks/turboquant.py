@@ -135,7 +135,7 @@ def distortion(model: Any, tokenizer: Any) -> None:
 
 
 def fidelity(model: Any, tokenizer: Any, count: int) -> None:
-    """One row for every method and domain, the mean over domains last; transformers' caches where they are installed."""
+    """One row for every method and domain, their mean last; transformers' caches where they are installed."""
     protocol = Fidelity(model, tokenizer, count)
     rows = [row for name, method in methods().items() for row in protocol.of_method(name, method)]
     for name in PEERS:
