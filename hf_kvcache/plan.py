@@ -105,7 +105,9 @@ class CachePlan:
     def load(cls, path: str | Path) -> CachePlan:
         """Reads a plan that `save` wrote; a missing, truncated or foreign file is an error that says so."""
         description, tensors = safefile.read(path, FORMAT, "make a plan with `hf-kvcache tune MODEL -o FILE`")
-        healed = {name.removeprefix("healed."): weight for name, weight in tensors.items() if name.startswith("healed.")}
+        healed = {
+            name.removeprefix("healed."): weight for name, weight in tensors.items() if name.startswith("healed.")
+        }
         sharing = SharingPlan(tuple(description["source_layers"]), healed, description["fingerprint"])
         return cls(
             tensors["kept"],

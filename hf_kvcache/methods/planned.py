@@ -53,8 +53,8 @@ class Planned(Method):
         plan = self.plan if isinstance(self.plan, CachePlan) else CachePlan.load(self.plan)  # type: ignore[arg-type]
         if not matches(plan.fingerprint, spec.fingerprint) or plan.num_layers != spec.num_layers:
             raise ValueError(
-                f"the plan was made for the model {plan.fingerprint or '(unnamed)'} with {plan.num_layers} layers, this "
-                f"one is {spec.fingerprint} with {spec.num_layers}; make one with `hf-kvcache tune MODEL -o FILE`"
+                f"the plan was made for the model {plan.fingerprint or '(unnamed)'} with {plan.num_layers} layers, "
+                f"this one is {spec.fingerprint} with {spec.num_layers}; make one with `hf-kvcache tune MODEL -o FILE`"
             )
         for method in methods_of(plan, spec):
             spec = method.apply(spec, model)
@@ -104,7 +104,7 @@ class TargetRatio(Method):
 SCORER = "kvzip"
 LARGEST = 32
 # ratio up to which a pair of widths is used, and the bits a number that it takes with its scales at head_dim 64
-WIDTHS_BY_RATIO: tuple[tuple[float, int, int], ...] = ((2.2, 8, 8), (4.2, 8, 4), (12.0, 4, 4), (LARGEST, 4, 3))
+WIDTHS_BY_RATIO: tuple[tuple[float, int, int], ...] = ((4.2, 8, 4), (12.0, 4, 4), (LARGEST, 4, 3))
 # of a scale (16 bits a vector of 64 numbers) and, for what is evicted from, of a position (32 bits a key and value)
 SCALE, POSITION = 16 / 64, 32 / 128
 
@@ -128,8 +128,13 @@ def methods_of(plan: CachePlan, spec: CacheSpec) -> list[Method]:
         found.append(KVSharer(plan=plan.sharing))
     sources = list(spec.sharing.source_layers if plan.sharing is None else plan.sharing.source_layers)
     if plan.evicts:
+        scoring = sorted(name for name, method in METHODS.items() if method.slot == "scorer")
+        if plan.scorer not in scoring:
+            raise ValueError(f"the plan needs the scoring method {plan.scorer!r}; available: {', '.join(scoring)}")
         # the layers that evict, each counted once however many read it
-        owners = [layer for layer, window in enumerate(spec.sliding_windows) if window is None and sources[layer] == layer]
+        owners = [
+            layer for layer, window in enumerate(spec.sliding_windows) if window is None and sources[layer] == layer
+        ]
         mean = float(plan.kept[owners].mean()) if owners else 1.0
         importance = HeadImportance(plan.kept[sources], plan.fingerprint)
         found += [METHODS[plan.scorer](budget=mean), HeadKV(importance=importance, beta=1.0)]  # type: ignore[call-arg]

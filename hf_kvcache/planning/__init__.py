@@ -2,4 +2,5 @@
 
 from hf_kvcache.planning.costs import Costs, measure_costs
 from hf_kvcache.planning.solve import solve
+from hf_kvcache.planning.tune import Tuned, Tuner, tune
 from hf_kvcache.planning.verify import Verified, verify

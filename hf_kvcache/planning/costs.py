@@ -33,7 +33,7 @@ from hf_kvcache.segment import Segment
 
 Widths = tuple[int, int]
 WIDTHS: tuple[Widths, ...] = ((8, 8), (8, 4), (4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
-KEPT = (1.0, 0.85, 0.7, 0.55, 0.42, 0.32, 0.24, 0.18, 0.13, 0.09, 0.06, 0.04)
+KEPT = (1.0, 0.8, 0.62, 0.48, 0.36, 0.27, 0.2, 0.14, 0.09, 0.05)
 # of the column of an entry, held where some were dropped
 POSITION_BYTES = 4
 
@@ -49,6 +49,7 @@ class Costs:
         full_bytes: of one key and value in 16 bits, `[layers]`.
         layers: of the model that the rows stand for: those that keep all tokens otherwise.
         scorer: that chose what is kept.
+        num_layers: of the model.
     """
 
     kept: tuple[float, ...]
@@ -58,6 +59,7 @@ class Costs:
     full_bytes: Tensor
     layers: tuple[int, ...]
     scorer: str
+    num_layers: int
 
 
 def measure_costs(
@@ -94,18 +96,26 @@ def measure_costs(
     loss = (total / len(windows)).cummax(2).values
     entry = torch.tensor([[measured.entry_bytes(layer, pair) for pair in widths] for layer in measured.layers])
     full = torch.tensor([measured.full_bytes(layer) for layer in measured.layers])
-    return Costs(kept, tuple(widths), loss, entry, full, tuple(measured.layers), scorer)
+    return Costs(kept, tuple(widths), loss, entry, full, tuple(measured.layers), scorer, len(measured.cache.layers))
 
 
 class _Window:
     """One context, read."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, window: Window, scorer: str, kept: tuple[float, ...], widths: tuple[Widths, ...]
+        self,
+        model: Any,
+        tokenizer: Any,
+        window: Window,
+        scorer: str,
+        kept: tuple[float, ...],
+        widths: tuple[Widths, ...],
     ) -> None:
         self.model, self.window, self.kept, self.widths = model, window, kept, widths
         self.cache, scores = record(model, tokenizer, scorer, window.context)
         self.layers = list(self.cache.spec.evicting)
+        if not self.layers:
+            raise ValueError("every layer of this model has a sliding window and holds little: nothing to plan")
         adapter = find_adapter(model)
         self.projections = output_projections(model, adapter)
         with torch.no_grad():

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 
 def output_gradients(
-    model: Any, projections: Sequence[nn.Module], cache: Any, ids: Tensor, position: int, first: int, draws: int, seed: int
+    model: Any,
+    projections: Sequence[nn.Module],
+    cache: Any,
+    ids: Tensor,
+    position: int,
+    first: int,
+    draws: int,
+    seed: int,
 ) -> list[Tensor]:
     """Gradients of the sampled log-likelihood by what goes into every output projection.
 

@@ -1,6 +1,6 @@
 """`solve`: the cheapest plan for the bytes asked, a knapsack with several choices a layer and head.
 
-Costs of different layers and heads add up: the KL is quadratic in small changes, and the errors of different layers have
+Costs of different layers and heads add up: the KL is quadratic in small changes, and errors of different layers have
 hardly anything to do with each other. So for a price of a byte every layer chooses for itself, and the price is raised
 until the plan is small enough (Lagrange); what is left of the bytes then goes where it buys most.
 """
@@ -14,13 +14,12 @@ from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning.costs import POSITION_BYTES, Costs
 
 
-def solve(costs: Costs, ratio: float, num_layers: int, fingerprint: str = "") -> tuple[CachePlan, float]:
+def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan, float]:
     """Solves for the least loss.
 
     Args:
         costs: what every choice costs.
         ratio: how many times smaller than in 16 bits the layers of `costs` are to be.
-        num_layers: of the model; layers that `costs` does not know stay as they are.
         fingerprint: of the model.
 
     Returns:
@@ -46,8 +45,9 @@ def solve(costs: Costs, ratio: float, num_layers: int, fingerprint: str = "") ->
         low, high = (low, middle) if _bytes(size, *_best(loss, size, middle)) <= allowed else (middle, high)
     width, kept = _best(loss, size, high)
     kept = _fill(loss, size, width, kept, allowed)
-    shares = torch.ones(num_layers, heads)
-    bits = torch.full((num_layers, 2), 8)
+    # layers that were not measured hold a window or another layer's KV, and no entry of theirs is looked at
+    shares = torch.ones(costs.num_layers, heads)
+    bits = torch.full((costs.num_layers, 2), 8)
     rows = list(costs.layers)
     shares[rows] = torch.tensor(costs.kept)[kept]
     bits[rows] = torch.tensor(costs.widths)[width]
@@ -64,7 +64,7 @@ def sizes(costs: Costs) -> Tensor:
 
 
 def _best(loss: Tensor, size: Tensor, price: float) -> tuple[Tensor, Tensor]:
-    """The choice of every layer and head at a price of a byte: indices of widths `[layers]` and of kept `[layers, H]`."""
+    """The choice of every layer and head at a price of a byte: index of widths `[layers]`, of kept `[layers, H]`."""
     paid = loss + price * size[..., None]
     least, kept = paid.min(2)
     width = least.sum(-1).argmin(1)
