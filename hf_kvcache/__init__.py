@@ -50,6 +50,7 @@ from hf_kvcache.methods import (  # noqa: E402
     TurboQuant,
     Uniform,
 )
+from hf_kvcache.plan import CachePlan  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
 from hf_kvcache.spec import CacheSpec  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "RKV",
     "TOVA",
     "AdaKV",
+    "CachePlan",
     "CacheReport",
     "CacheSpec",
     "CriticalKV",

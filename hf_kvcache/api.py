@@ -113,6 +113,16 @@ def measure_heads(
         return _probe(target, tokenizer).head_importance(samples, length)
 
 
+def unpatched_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a supported model that is not patched; raises for any other."""
+    target = _base_model(model)
+    find_adapter(target)
+    require_weights(target)
+    if attached(target) is not None:
+        raise ValueError("a plan is measured on the untouched model, and this one is patched; call unpatch_model first")
+    return fingerprint(target)
+
+
 def unpatch_model(model: ModelT) -> ModelT:
     """Makes a patched model what it was before; does nothing to any other. Returns the same model."""
     detach(_base_model(model))

@@ -1,4 +1,4 @@
-"""The command line: `hf-kvcache methods | demo | calibrate | report`."""
+"""The command line: `hf-kvcache methods | demo | calibrate | tune | lm-eval | report`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,41 @@ def calibrate_headkv(
 
 
 @app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
+    target_ratio: Annotated[float, typer.Option(help="How many times smaller than in 16 bits.")] = 8.0,
+    data: Annotated[Path | None, typer.Option(help="Text file to measure on; default: the shipped sample.")] = None,
+    scorer: Annotated[str, typer.Option(help="Method that says which tokens a head keeps.")] = "kvzip",
+    samples: Annotated[int, typer.Option(help="Windows to measure on; half as many again are held back.")] = 6,
+    length: Annotated[int, typer.Option(help="Tokens of each context.")] = 1024,
+    draws: Annotated[int, typer.Option(help="Samples of the gradient for each question.")] = 12,
+) -> None:
+    """Measure on a text what every choice costs a model, and save the plan of least loss for the bytes asked."""
+    from hf_kvcache.planning import tune as make_plan
+
+    loaded, tokenizer = load_model(model)
+    options = {"scorer": scorer, "samples": samples, "length": length, "draws": draws, "say": console.print}
+    tuned = make_plan(loaded.float(), tokenizer, target_ratio=target_ratio, texts=data, **options)  # type: ignore[arg-type]
+    table = Table("on held-back text", "times smaller", "KL of the continuation", "KL of a quotation")
+    for name, found in (("this plan", tuned.verified), ("target_ratio alone", tuned.uniform)):
+        table.add_row(name, f"{found.ratio:.2f}", f"{found.continuation:.4f}", f"{found.quotation:.4f}")
+    console.print(table)
+    tuned.plan.save(output)
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes): {tuned.plan.summary()}")
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line; it then knows the model 'hf-kvcache' and the tasks 'hfkv_...'."""
+    from hf_kvcache.integrations.lm_eval import main as run
+
+    run(context.args)
+
+
+@app.command()
 def report(
     path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")],
     plot: Annotated[
@@ -98,7 +133,7 @@ def report(
     row: Annotated[int, typer.Option(help="Row of the batch that the picture is of.")] = 0,
 ) -> None:
     """Say what is in a file that this library wrote."""
-    from hf_kvcache import persistence, safefile, sharing
+    from hf_kvcache import persistence, plan, safefile, sharing
     from hf_kvcache.eviction import importance
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
@@ -112,6 +147,11 @@ def report(
         for head in values.flatten().argsort(descending=True)[:8].tolist():
             layer, place = divmod(head, values.shape[1])
             console.print(f"layer {layer} head {place}: {values[layer, place] / values.sum():.3f} of all importance")
+        return
+    if found == plan.FORMAT:
+        console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(tensors['kept'])} layers")
+        console.print(plan.CachePlan.load(path).summary())
+        console.print(f"settings: {description['settings']}")
         return
     sources = description["source_layers"]
     console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")

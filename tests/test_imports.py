@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-AXES = {"sharing", "eviction", "codecs", "stores", "segment", "layout", "tail"}
+AXES = {"sharing", "plan", "eviction", "codecs", "stores", "segment", "layout", "tail"}
 GROUND = {"kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "deferred", "patches"}
@@ -52,6 +52,7 @@ BORDER = {
     "integrations",
     "measure",
     "models",
+    "planning",
     "plots",
     "real_models",
     "report",

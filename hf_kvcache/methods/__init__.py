@@ -15,6 +15,7 @@ from hf_kvcache.methods.kvzip import KVzip
 from hf_kvcache.methods.lagkv import LagKV
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.methods.offload import Offload
+from hf_kvcache.methods.planned import Planned, TargetRatio
 from hf_kvcache.methods.pyramidkv import PyramidKV
 from hf_kvcache.methods.random import Random
 from hf_kvcache.methods.rkv import RKV
@@ -48,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
         Uniform,
         Fp8,
         Offload,
+        Planned,
+        TargetRatio,
     )
 }
 
@@ -71,11 +74,13 @@ __all__ = [
     "LagKV",
     "Method",
     "Offload",
+    "Planned",
     "PyramidKV",
     "Random",
     "ScoringMethod",
     "SnapKV",
     "StreamingLLM",
+    "TargetRatio",
     "TurboQuant",
     "Uniform",
 ]
