@@ -49,6 +49,8 @@ from hf_kvcache.methods import (  # noqa: E402
     StreamingLLM,
     TurboQuant,
     Uniform,
+    Yoco,
+    YocoPlusPlus,
 )
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
@@ -83,6 +85,8 @@ __all__ = [
     "SharingPlan",
     "SnapKV",
     "StreamingLLM",
+    "Yoco",
+    "YocoPlusPlus",
     "compress",
     "find_plan",
     "find_plans",

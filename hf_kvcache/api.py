@@ -34,7 +34,7 @@ def patch_model(
     Args:
         model: a decoder-only model of a supported family, or a PEFT model around one. Only this instance changes.
         method: names joined by `+`, a `Method`, a list of either, or None for our cache with nothing lost. A patched
-            model is unpatched first.
+            model is unpatched first, but a plan that is part of the model (yoco, yoco++) stays until `unpatch_model`.
         tokenizer: for methods that calibrate on text; None to look for one at the place the model was loaded from.
         options: flat options of the named methods, e.g. `share=0.25`.
 
@@ -58,11 +58,13 @@ def patch_model(
         with torch.inference_mode(False):
             probe = _probe(target, tokenizer)
             spec = reduce(lambda spec, method: method.apply(spec, probe), methods, probe.full)
+            if old is not None and old.spec.sharing.part_of_model and "sharing" not in spec.filled_by:
+                spec = spec.fill("sharing", old.spec.sharing, old.spec.filled_by["sharing"])
         check_fit(spec)
-        attach(target, probe.adapter, spec)
+        attach(target, probe.adapter, spec, old)
     except BaseException:
         if old is not None:
-            attach(target, old.adapter, old.spec)
+            attach(target, old.adapter, old.spec, old)
         raise
     return model
 
@@ -205,7 +207,7 @@ def _probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
     """What methods may ask of a supported, loaded model."""
     adapter = find_adapter(model)
     require_weights(model)
-    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output)
+    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output, adapter.own_sharing(model))
     return ModelProbe(model, adapter, full, tokenizer)
 
 

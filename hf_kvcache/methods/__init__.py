@@ -23,11 +23,14 @@ from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
 from hf_kvcache.methods.turboquant import TurboQuant
 from hf_kvcache.methods.uniform import Uniform
+from hf_kvcache.methods.yoco import Yoco, YocoPlusPlus
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         KVSharer,
+        Yoco,
+        YocoPlusPlus,
         SnapKV,
         StreamingLLM,
         H2O,
@@ -78,4 +81,6 @@ __all__ = [
     "StreamingLLM",
     "TurboQuant",
     "Uniform",
+    "Yoco",
+    "YocoPlusPlus",
 ]
