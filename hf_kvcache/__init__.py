@@ -13,6 +13,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
 
 from hf_kvcache.api import (  # noqa: E402
     compress,
+    convert,
     find_plan,
     find_plans,
     is_patched,
@@ -88,6 +89,7 @@ __all__ = [
     "Yoco",
     "YocoPlusPlus",
     "compress",
+    "convert",
     "find_plan",
     "find_plans",
     "is_patched",

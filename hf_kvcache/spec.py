@@ -37,8 +37,8 @@ class CacheSpec:
     """What a cache is made of.
 
     Args:
-        sliding_windows: for every layer of the model the size of its attention window, None for full attention, `STATE` for a
-            layer without keys and values.
+        sliding_windows: for every layer of the model the size of its attention window, None for full attention, `STATE`
+            for a layer without keys and values.
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
         output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.

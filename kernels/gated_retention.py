@@ -1,17 +1,17 @@
-"""`gated_retention`: linear attention with one scalar decay a head and token (gRet of YOCO, arXiv 2405.05254, section 3.2).
+"""`gated_retention`: linear attention with one scalar decay a head and token (gRet of YOCO, arXiv 2405.05254).
 
     S_n = gamma_n S_(n-1) + k_n^T v_n,   O_n = q_n S_n,   gamma_n = exp(log_decay_n) in (0, 1]
 
-There is no softmax and no denominator, so that a state S of constant size holds all the past. Three forms give the same:
-recurrent (above, token by token), parallel (`O = (Q K^T * D) V` with `D_nm = exp(G_n - G_m)` for n >= m, else 0, and
-G = cumsum(log_decay)) and chunk by chunk, which is parallel inside a chunk and recurrent between chunks. The operator
-is the chunk form, in time linear in T and with memory for one chunk.
+There is no softmax and no denominator, so that a state S of constant size holds all the past. Three forms give the
+same: recurrent (above, token by token), parallel (`O = (Q K^T * D) V` with `D_nm = exp(G_n - G_m)` for n >= m, else 0,
+and G = cumsum(log_decay)) and chunk by chunk, which is parallel inside a chunk and recurrent between chunks. The
+operator is the chunk form, in time linear in T and with memory for one chunk.
 
 Shapes: query and key `[B, H, T, D_k]`, value `[B, H, T, D_v]`, log_decay `[B, H, T]` (<= 0), state None for zeros or
-`[B, H, D_k, D_v]`; any T >= 1, not only multiples of the chunk. Returns out `[B, H, T, D_v]` in the dtype of the query and
-the state after the last token `[B, H, D_k, D_v]` in float32 (float64 for float64 inputs), which starts the next call. Sums
-are in that type too. The scale of the keys is the caller's. A token with log_decay 0 and key 0 leaves the state as it is:
-that is how padding is passed over.
+`[B, H, D_k, D_v]`; any T >= 1, not only multiples of the chunk. Returns out `[B, H, T, D_v]` in the dtype of the query
+and the state after the last token `[B, H, D_k, D_v]` in float32 (float64 for float64 inputs), which starts the next
+call. Sums are in that type too. The scale of the keys is the caller's. A token with log_decay 0 and key 0 leaves the
+state as it is: that is how padding is passed over.
 
 It has a gradient for every input, and the gradient is three more calls of the operator (`_backward`), so that an
 implementation for another device needs to bring the forward only.
@@ -34,7 +34,7 @@ LIBRARY.define(
 def gated_retention_chunked(
     query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, state: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The chunk form in plain PyTorch, on any device; `chunk` >= T is the parallel form, `chunk` 1 the recurrent one."""
+    """The chunk form in plain PyTorch, on any device; `chunk` >= T is the parallel form, 1 the recurrent one."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
     batch, heads, length, _ = query.shape
     if state is None:
@@ -49,7 +49,6 @@ def gated_retention_chunked(
         weights = q @ k.transpose(-1, -2) * decay_matrix(decay)
         out[:, :, part] = weights @ v + (q * decay.exp()[..., None]) @ state
         state = state * last.exp()[..., None] + (k * (last - decay).exp()[..., None]).transpose(-1, -2) @ v
-    # an operator may not hand back its input, which it would for T = 0
     return out, state
 
 
@@ -95,7 +94,7 @@ def _backward(ctx, grad_out, grad_last):
     read = (query.to(accumulate) * grad_query).sum(-1) - (key.to(accumulate) * grad_key).sum(-1)
     later = read.flip(-1).cumsum(-1).flip(-1)
     grad_decay = later + (grad_last * last).sum((-1, -2)).unsqueeze(-1)
-    grad_state = None if state is None else grad_first * log_decay[..., :1].to(accumulate).exp()[..., None]
+    grad_state = grad_first * log_decay[..., :1].to(accumulate).exp()[..., None]
     return (
         grad_query.to(query.dtype),
         grad_key.to(key.dtype),
@@ -106,9 +105,7 @@ def _backward(ctx, grad_out, grad_last):
     )
 
 
-torch.library.register_autograd(
-    "hf_kvcache::gated_retention", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd("hf_kvcache::gated_retention", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
 def gated_retention(

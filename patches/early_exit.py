@@ -2,8 +2,8 @@
 
 Where only the logits of the last positions are asked for (`logits_to_keep`, which is 1 in `generate`), the upper layers
 run for these positions only: no other position can influence them, since all keys and values come from below. Exact.
-Three hooks on the instance: one before the language model's forward sees what is asked for, one before the decoder's (in
-`attach`) makes room for the queries that eviction looks at, one before each upper layer cuts its input.
+Three hooks on the instance: one before the language model's forward sees what is asked for, one before the decoder's
+(in `attach`) makes room for the queries that eviction looks at, one before each upper layer cuts its input.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Saving a model whose sharing plan is part of it (yoco, yoco++), so that it is not loaded as what it no longer is.
 
-The checkpoint has a model type of its own: transformers alone refuses it, naming this package, and with
-`trust_remote_code` it runs a file that imports this package. `hf_kvcache.models.shared` reads it.
+The checkpoint has a model type of its own, which transformers alone refuses with a message that quotes it: so the type
+says what is missing. `hf_kvcache.models.shared` reads it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,8 @@ from torch import nn
 
 from hf_kvcache.sharing import ResidualPlan, SharingPlan
 
-MODEL_TYPE = "hf_kvcache_shared"
+MODEL_TYPE = "needs_hf_kvcache"
 ENTRY = "hf_kvcache"
-LOADER = "load_with_hf_kvcache"
-
-_LOADER_TEXT = '''"""This checkpoint's layers share keys and values. It needs the package hf_kvcache: pip install hf_kvcache."""
-
-from hf_kvcache.models.shared import SharedConfig, SharedForCausalLM
-
-__all__ = ["SharedConfig", "SharedForCausalLM"]
-'''
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -35,12 +27,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, *args: Any, **kwargs: 
     plan = model.__dict__["_hf_kvcache"].spec.sharing
     config[ENTRY] = {"model_type": config["model_type"], **described(plan)}
     config["model_type"] = MODEL_TYPE
-    config["auto_map"] = {
-        "AutoConfig": f"{LOADER}.SharedConfig",
-        "AutoModelForCausalLM": f"{LOADER}.SharedForCausalLM",
-    }
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (Path(folder) / f"{LOADER}.py").write_text(_LOADER_TEXT, encoding="utf-8")
 
 
 def described(plan: SharingPlan) -> dict[str, Any]:

@@ -10,12 +10,12 @@ layers, a half at the published split.
               layer l = 1 .. m:  K'_l = lambda (a_l K_0 + b_l K_l),  V'_l = lambda (c_l V_0 + d_l V_l)
               layer l > m:       K = K'_m,  V = V'_m
 
-Keys are mixed after RoPE, the mixed KV is stored, and the layer itself reads it too. a, b, c, d are trainable scalars of the
-model, lambda = 35 is fixed, and a = c = 0, b = d = 1/lambda at the start, where yoco++ is yoco. Neither is meant for a
-model that was not trained for it: convert it (`hf_kvcache.convert`) or train it.
+Keys are mixed after RoPE, the mixed KV is stored, and the layer itself reads it too. a, b, c, d are trainable scalars
+of the model, lambda = 35 is fixed, and a = c = 0, b = d = 1/lambda at the start, where yoco++ is yoco. Neither is meant
+for a model that was not trained for it: convert it (`hf_kvcache.convert`) or train it.
 
-Different from the reference: any attention implementation, any split, and only layers with the same attention window share
-(the source is then the last lower layer of the same kind).
+Different from the reference: any attention implementation, any split, and only layers with the same attention window
+share (the source is then the last lower layer of the same kind).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -41,10 +41,7 @@ class YocoConfig(PreTrainedConfig):
     hidden_size: int = 3072
     intermediate_size: int = 8192
     num_hidden_layers: int = 26
-    num_self_decoder_layers: int | None = None
     num_attention_heads: int = 24
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = None
     self_decoder: str = "retention"
     sliding_window: int | None = 1024
     gate_logit_normalizer: int | float = 16
@@ -62,6 +59,15 @@ class YocoConfig(PreTrainedConfig):
     attention_dropout: int | float = 0.0
     mlp_bias: bool = False
     layer_types: list[str] | None = None
+    if TYPE_CHECKING:
+        # numbers, once `__post_init__` has filled them in
+        num_self_decoder_layers: Any
+        num_key_value_heads: Any
+        head_dim: Any
+    else:
+        num_self_decoder_layers: int | None = None
+        num_key_value_heads: int | None = 8
+        head_dim: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         layers = self.num_hidden_layers
@@ -125,5 +131,5 @@ class YocoConfig(PreTrainedConfig):
     def state_bytes(self) -> int:
         """Bytes of a sequence's constant part in 16 bit: `H d^2` a retention layer, or the window's keys and values."""
         heads, size = self.num_attention_heads, self.head_dim
-        layer = heads * size**2 if self.self_decoder == "retention" else 2 * heads * size * self.sliding_window
+        layer = heads * size**2 if self.sliding_window is None else 2 * heads * size * self.sliding_window
         return self.num_self_decoder_layers * layer * 2

@@ -4,13 +4,13 @@
     shared KV      K = RoPE(RMSNorm(M) W_K),    V = RMSNorm(M) W_V                   M: the self-decoder's output
     cross-decoder  the same blocks, Mixer(X) = softmax(RoPE(X W_Q) K^T / sqrt(d)) V W_O, one K and V for all of them
 
-The cache holds one K and V for all of the upper layers and states of constant size for the lower ones. The keys and values of
-the prompt need the self-decoder alone, so a prefill that wants the next token only skips the upper layers for all other
-positions (early exit). This is exact.
+The cache holds one K and V for all of the upper layers and states of constant size for the lower ones. The keys and
+values of the prompt need the self-decoder alone, so a prefill that wants the next token only skips the upper layers for
+all other positions (early exit). This is exact.
 
 As in the authors' code, where the paper is silent: keys of retention are scaled by d^-1/2, tau = 16, embeddings are
-multiplied by the root of the width, heads of retention are normalised without a weight, and the initialisation. Different
-from it: RoPE has transformers' frequencies and layout.
+multiplied by the root of the width, heads of retention are normalised without a weight, and the initialisation.
+Different from it: RoPE has transformers' frequencies and layout.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
 Rotary = tuple[Tensor, Tensor]
 
 
+class _Projection(nn.Linear):
+    """A matrix of retention: without a bias, and with an initial gain of its own."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.gain = gain
+
+
 class YocoRetention(nn.Module):
     """Gated retention with per-head normalisation and a SiLU gate: the default mixer of the self-decoder.
 
@@ -53,10 +61,10 @@ class YocoRetention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         width = config.num_attention_heads * config.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
-            nn.Linear(config.hidden_size, width, bias=False) for _ in range(4)
+            _Projection(config.hidden_size, width, gain=2**-2.5) for _ in range(4)
         )
         self.decay_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = _Projection(width, config.hidden_size, gain=2**-1)
 
     def forward(
         self,
@@ -198,12 +206,10 @@ class YocoPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, _Projection):
+            init.xavier_uniform_(module.weight, gain=module.gain)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
-        elif isinstance(module, YocoRetention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj, module.gate_proj):
-                init.xavier_uniform_(projection.weight, gain=2**-2.5)
-            init.xavier_uniform_(module.o_proj.weight, gain=2**-1)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -228,6 +234,8 @@ def _foreign(names: Any) -> list[str]:
 
 class YocoModel(YocoPreTrainedModel):
     """Both decoders, without the head."""
+
+    padding_idx: int | None
 
     def __init__(self, config: YocoConfig) -> None:
         super().__init__(config)
@@ -305,9 +313,7 @@ class YocoModel(YocoPreTrainedModel):
             rotary = tuple(table[:, -positions_to_keep:] for table in rotary)
             mask = _last_rows(mask, positions_to_keep, seen + length, hidden_states)
         for layer in self.layers[below:]:
-            hidden_states = layer(
-                hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs
-            )
+            hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
