@@ -13,6 +13,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
 
 from hf_kvcache.api import (  # noqa: E402
     compress,
+    convert,
     find_plan,
     find_plans,
     is_patched,
@@ -49,6 +50,8 @@ from hf_kvcache.methods import (  # noqa: E402
     StreamingLLM,
     TurboQuant,
     Uniform,
+    Yoco,
+    YocoPlusPlus,
 )
 from hf_kvcache.plan import CachePlan  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
@@ -85,7 +88,10 @@ __all__ = [
     "SharingPlan",
     "SnapKV",
     "StreamingLLM",
+    "Yoco",
+    "YocoPlusPlus",
     "compress",
+    "convert",
     "find_plan",
     "find_plans",
     "is_patched",

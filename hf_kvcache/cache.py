@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer
+from hf_kvcache.attention import ResidualContext
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer, StateLayer
 from hf_kvcache.persistence import save_cache
-from hf_kvcache.spec import CacheSpec
+from hf_kvcache.spec import STATE, CacheSpec
 
 
 class KVCache(Cache):
@@ -33,10 +35,12 @@ class KVCache(Cache):
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
         last_reader, policy, evicting, readers = spec.sharing.last_reader, spec.eviction, spec.evicting, spec.readers
-        layers: list[KVCacheLayer | SlidingLayer | ConsumerLayer] = []
+        layers: list[KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer] = []
         for layer, (source, window) in enumerate(zip(spec.sharing.source_layers, spec.sliding_windows, strict=True)):
             if source != layer:
                 layers.append(ConsumerLayer(layers[source]))
+            elif window == STATE:
+                layers.append(StateLayer())
             elif window is not None:
                 layers.append(SlidingLayer(window, last_reader[layer]))
             else:
@@ -54,6 +58,8 @@ class KVCache(Cache):
         # of a prompt that all layers will evict from together, which may need to be read again
         self.prompt_ids: Tensor | None = None
         self.replaying = False
+        # of the present forward only, where layers add the KV of lower ones
+        self.residual: ResidualContext | None = None
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:
         """Announces the prompt before it comes; `generate` of a patched model does it.
@@ -65,6 +71,17 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             layer.expect(prompt_length, copies)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Gives key and value `[B, H_kv, L, D]` of the new tokens to a layer, and returns that layer, twice."""
+        residual = self.residual
+        if residual is not None:
+            key_states, value_states = residual.mix(layer_idx, key_states, value_states)
+            if layer_idx >= residual.plan.mixing[-1]:
+                self.residual = None
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def pending(self) -> bool:

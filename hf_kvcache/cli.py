@@ -126,13 +126,22 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")],
+    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance or cache.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Instead of a file: what a model keeps a token, by folder, name or model type.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Of a cache: picture of what every head holds and which tokens.")
     ] = None,
     row: Annotated[int, typer.Option(help="Row of the batch that the picture is of.")] = 0,
 ) -> None:
-    """Say what is in a file that this library wrote."""
+    """Say what is in a file that this library wrote, or what the cache of a model takes."""
+    if (path is None) == (config is None):
+        raise ValueError("expected a file, or --config and a model, but not both")
+    if config is not None:
+        console.print(arithmetic(config))
+        return
+    assert path is not None
     from hf_kvcache import persistence, plan, safefile, sharing
     from hf_kvcache.eviction import importance
 
@@ -169,6 +178,28 @@ def report(
 
             save_plot(cache_of_file(path), plot, row=row)
             console.print(f"wrote {plot}")
+
+
+def arithmetic(name: str) -> str:
+    """The bytes that a model's cache takes in 16 bit, from its configuration: of a folder, a name or a model type."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    import hf_kvcache.models  # noqa: F401 - registers our own configurations
+
+    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+    layers, dim = config.num_hidden_layers, getattr(config, "head_dim", None)
+    dim = dim or config.hidden_size // config.num_attention_heads
+    full = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * dim * 2 * layers
+    own, state = getattr(config, "kv_bytes_per_token", full), getattr(config, "state_bytes", 0)
+    lines = [
+        f"{config.model_type}: {layers} layers, 16 bit",
+        f"keys and values of a token: {own:,d} B; {full:,d} B where every layer keeps its own",
+        f"constant part of a sequence: {state:,d} B",
+    ]
+    for tokens in (2**15, 2**20):
+        sizes = [(tokens * a_token + part) / 1e9 for a_token, part in ((own, state), (full, 0))]
+        lines.append(f"{tokens:,d} tokens: {sizes[0]:.2f} GB; {sizes[1]:.2f} GB where every layer keeps its own")
+    return "\n".join(lines)
 
 
 def plan_text(plan: Any) -> str:

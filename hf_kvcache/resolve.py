@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -53,6 +54,13 @@ def option_names(method: type[Method]) -> list[str]:
     return [field.name for field in fields(method)]
 
 
+def split_names(text: str) -> list[str]:
+    """The names that are joined by `+`; a name may itself end in two of them (`yoco+++turboquant`)."""
+    # the two are hidden where a name ends: at the end of the text or before the `+` that joins
+    hidden = re.sub(r"\+\+(?=\s*(\+|$))", "\N{DAGGER}", text)
+    return [name.replace("\N{DAGGER}", "++") for name in hidden.split("+")]
+
+
 def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
     if method is None:
         return []
@@ -60,7 +68,7 @@ def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
     parts: list[str | Method] = []
     for item in given:
         if isinstance(item, str):
-            parts += [name.strip() for name in item.split("+")]
+            parts += [name.strip() for name in split_names(item)]
         elif isinstance(item, Method):
             parts.append(item)
         else:

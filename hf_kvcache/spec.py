@@ -18,6 +18,9 @@ from hf_kvcache.eviction.policy import DEFAULT_BUDGET
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.stores import DeviceStore, Store
 
+# the window of a layer that keeps a state of constant size in place of keys and values
+STATE = 0
+
 # slot -> the field that holds it
 SLOTS = {
     "sharing": "sharing",
@@ -34,7 +37,8 @@ class CacheSpec:
     """What a cache is made of.
 
     Args:
-        sliding_windows: for every layer of the model the size of its attention window, None for full attention.
+        sliding_windows: for every layer of the model the size of its attention window, None for full attention, `STATE`
+            for a layer without keys and values.
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
         output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.
@@ -61,10 +65,21 @@ class CacheSpec:
     filled_by: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def full(cls, sliding_windows: tuple[int | None, ...], fingerprint: str = "", output: str = "o_proj") -> CacheSpec:
-        """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`."""
+    def full(
+        cls,
+        sliding_windows: tuple[int | None, ...],
+        fingerprint: str = "",
+        output: str = "o_proj",
+        sharing: SharingPlan | None = None,
+    ) -> CacheSpec:
+        """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`.
+
+        `sharing` is what the architecture itself shares; then no method can share anything else.
+        """
         layers = len(sliding_windows)
-        return cls(sliding_windows, fingerprint, SharingPlan.identity(layers), (DenseCodec(),) * layers, output)
+        filled_by = {} if sharing is None else {"sharing": "the model's own architecture"}
+        plan = sharing or SharingPlan.identity(layers)
+        return cls(sliding_windows, fingerprint, plan, (DenseCodec(),) * layers, output, filled_by=filled_by)
 
     @property
     def num_layers(self) -> int:

@@ -24,11 +24,14 @@ from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
 from hf_kvcache.methods.turboquant import TurboQuant
 from hf_kvcache.methods.uniform import Uniform
+from hf_kvcache.methods.yoco import Yoco, YocoPlusPlus
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         KVSharer,
+        Yoco,
+        YocoPlusPlus,
         SnapKV,
         StreamingLLM,
         H2O,
@@ -83,4 +86,6 @@ __all__ = [
     "TargetRatio",
     "TurboQuant",
     "Uniform",
+    "Yoco",
+    "YocoPlusPlus",
 ]
