@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from transformers import Cache
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer
 from hf_kvcache.persistence import save_cache
 from hf_kvcache.spec import CacheSpec
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.session import PromptSession
 
 
 class KVCache(Cache):
@@ -54,6 +59,8 @@ class KVCache(Cache):
         # of a prompt that all layers will evict from together, which may need to be read again
         self.prompt_ids: Tensor | None = None
         self.replaying = False
+        # takes a prompt from a store, and gives it to one
+        self.prompts: PromptSession | None = None
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:
         """Announces the prompt before it comes; `generate` of a patched model does it.
@@ -65,6 +72,15 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             layer.expect(prompt_length, copies)
+        if self.spec.prefix is not None:
+            self.prompts = self.spec.prefix.session(self.spec, prompt_length)
+            for index, layer in self.producers.items():
+                layer.witness = partial(self.prompts.take, index)
+
+    @property
+    def producers(self) -> dict[int, KVCacheLayer | SlidingLayer]:
+        """The layers that store, by their index."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, ConsumerLayer)}
 
     @property
     def pending(self) -> bool:
@@ -81,7 +97,7 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.prompt_ids = None
+        self.prompt_ids = self.prompts = None
 
     @property
     def _sealed(self) -> bool:

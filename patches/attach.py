@@ -22,7 +22,7 @@ from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
-from hf_kvcache.patches.rotary import Rotary
+from hf_kvcache.patches.prefix import WeightsMemo, adopt_prefix, store_prefix
 from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
@@ -84,7 +84,9 @@ class Attachment:
             self.frozen += [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name, self.adapter.rotary), with_kwargs=True)
+        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name, self.adapter), with_kwargs=True)
+        if self.spec.prefix is not None:
+            decoder.register_forward_hook(store_prefix, with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:
             decoder.register_forward_hook(after_decoder, with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
@@ -102,7 +104,7 @@ class Attachment:
         for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, BeforeDecoder)]:
             del decoder._forward_pre_hooks[key]
             decoder._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in decoder._forward_hooks.items() if hook is after_decoder]:
+        for key in [key for key, hook in decoder._forward_hooks.items() if hook in (after_decoder, store_prefix)]:
             del decoder._forward_hooks[key]
             decoder._forward_hooks_with_kwargs.pop(key, None)
         model.__dict__.pop("_prepare_cache_for_generation", None)
@@ -187,8 +189,9 @@ class BeforeDecoder:
     A class, not a closure, so that a patched model can be copied and pickled.
     """
 
-    def __init__(self, spec: CacheSpec, name: str, rotary: Rotary) -> None:
-        self.spec, self.name, self.rotary = spec, name, rotary
+    def __init__(self, spec: CacheSpec, name: str, adapter: Adapter) -> None:
+        self.spec, self.name, self.adapter = spec, name, adapter
+        self.weights = None if spec.prefix is None else WeightsMemo()
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -205,6 +208,8 @@ class BeforeDecoder:
         self._check(decoder, kwargs)
         if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
             cache.remember_prompt(kwargs["input_ids"])
+        if isinstance(cache, KVCache) and self.weights is not None:
+            adopt_prefix(decoder, cache, kwargs, self.adapter, self.weights)
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
         if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
@@ -214,7 +219,7 @@ class BeforeDecoder:
                 )
             kwargs["kv_sharing"] = SharingContext(self.spec.sharing)
         if cache is not None and self.spec.scorer is not None and self.spec.scorer.rotates:
-            kwargs["kv_rotation"] = partial(self.rotary.of, decoder)
+            kwargs["kv_rotation"] = partial(self.adapter.rotary.of, decoder)
         return args, kwargs
 
     def _check(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from hf_kvcache.methods.offload import Offload
 from hf_kvcache.methods.pyramidkv import PyramidKV
 from hf_kvcache.methods.random import Random
 from hf_kvcache.methods.rkv import RKV
+from hf_kvcache.methods.sequential import Sequential
 from hf_kvcache.methods.snapkv import SnapKV
 from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         Uniform,
         Fp8,
         Offload,
+        Sequential,
     )
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "ScoringMethod",
+    "Sequential",
     "SnapKV",
     "StreamingLLM",
     "TurboQuant",
