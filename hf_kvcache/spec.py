@@ -2,8 +2,8 @@
 
 A cache is a stack of layers, and each layer is independent choices: which layers store KV (`sharing`), which tokens are
 kept (`scorer`, `allocator`, `selector`, under one `budget`), how an entry is stored (`codec`) and where it is stored
-(`store`). Beside them a `prefix` store may keep prompts from one run to the next. A method fills one of these slots; two
-methods that fill the same slot contradict each other, and the error names both.
+(`store`). Beside them a `prefix` store may keep prompts from one run to the next. A method fills one of these slots;
+two methods that fill the same slot contradict each other, and the error names both.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ not those of the tokens, weights or rotary embeddings that depend on more than t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from hf_kvcache.cache import KVCache
 from hf_kvcache.fingerprint import weights_digest, weights_state
 from hf_kvcache.patches.adapter import Adapter
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.session import ModelFacts
 
 # arguments of a decoder that have a column for every token of the forward
 BY_TOKEN = ("input_ids", "position_ids", "cache_position")
@@ -40,35 +43,40 @@ def adopt_prefix(
     decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], adapter: Adapter, memo: WeightsMemo
 ) -> None:
     """Has the layers of `cache` adopt what the store has of a forward, and takes those tokens out of its arguments."""
-    # only users of a store pay for its modules
-    from hf_kvcache.sequential.page import Geometry
-    from hf_kvcache.sequential.session import ModelFacts
-
     session = cache.prompts
     if session is None or not session.active:
         return
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-    if ids is None or not _plain(decoder) or not _in_order(kwargs.get("position_ids"), mask, cache, ids.shape[1]):
+    positions = kwargs.get("position_ids")
+    if ids is None or not _plain(decoder, ids.device) or not _in_order(positions, mask, cache, ids.shape[1]):
         session.stop()
         return
+    facts = model_facts(decoder, cache, adapter, memo.of(decoder))
     producers = cache.producers
-    attentions = {layer: adapter.find_attention(decoder, layer) for layer in producers}
-
-    def rotate(index: int, vectors: Tensor, positions: Tensor, inverse: bool) -> Tensor:
-        return adapter.rotary.of(decoder, attentions[geometry.producers[index]])(vectors, positions, inverse)
-
-    geometry = Geometry(
-        tuple(producers),
-        tuple(heads_of(attention) for attention in attentions.values()),
-        tuple(attention.head_dim for attention in attentions.values()),
-        decoder.dtype,
-    )
-    devices = [_device(attention) or ids.device for attention in attentions.values()]
-    facts = ModelFacts(memo.of(decoder), geometry, devices, rotate)
     adopted = session.before(ids, mask, facts, list(producers.values()))
     for name in BY_TOKEN:
         if adopted and isinstance(kwargs.get(name), Tensor):
             kwargs[name] = kwargs[name][..., adopted:]
+
+
+def model_facts(decoder: nn.Module, cache: KVCache, adapter: Adapter, weights: str) -> ModelFacts:
+    """What the layers of `cache` hold of a token, where, and how RoPE turns it."""
+    # only users of a store pay for its modules
+    from hf_kvcache.sequential.page import Geometry
+    from hf_kvcache.sequential.session import ModelFacts
+
+    attentions = [adapter.find_attention(decoder, layer) for layer in cache.producers]
+
+    def rotate(place: int, vectors: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+        return adapter.rotary.of(decoder, attentions[place])(vectors, positions, inverse)
+
+    geometry = Geometry(
+        tuple(cache.producers),
+        tuple(heads_of(attention) for attention in attentions),
+        tuple(attention.head_dim for attention in attentions),
+        decoder.dtype,
+    )
+    return ModelFacts(weights, geometry, [_device(attention) or decoder.device for attention in attentions], rotate)
 
 
 def store_prefix(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -83,12 +91,12 @@ def heads_of(attention: nn.Module) -> int:
     return getattr(attention, "num_key_value_heads", None) or attention.config.num_key_value_heads
 
 
-def _plain(decoder: nn.Module) -> bool:
+def _plain(decoder: nn.Module, device: torch.device) -> bool:
     """Whether keys and values depend on the tokens and the weights alone."""
     kinds = getattr(decoder.config, "rope_parameters", None) or {}
     nested = [kind for kind in kinds.values() if isinstance(kind, dict)]
     types = {kind.get("rope_type", "default") for kind in nested or [kinds]}
-    return not (decoder.training or torch.is_autocast_enabled() or types & LENGTH_DEPENDENT)
+    return not (decoder.training or torch.is_autocast_enabled(device.type) or types & LENGTH_DEPENDENT)
 
 
 def _in_order(positions: Tensor | None, mask: Tensor | None, cache: KVCache, new: int) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.spec import CacheSpec
 
 if TYPE_CHECKING:
+    from hf_kvcache.sequential.basis import Basis
     from hf_kvcache.sequential.page import PageCodec
     from hf_kvcache.sequential.store import PrefixStore
 
@@ -28,7 +29,10 @@ class Sequential(Method):
 
     Args:
         store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
-        codec: `"lossless"`, `"tokens"`, or a page codec of your own.
+        codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
+            or a page codec of your own.
+        quality: of `residual`: numbers are rounded to 1/quality of their channel's deviation.
+        basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
     """
 
     name: ClassVar[str] = "sequential"
@@ -37,22 +41,23 @@ class Sequential(Method):
 
     store: str | Path | PrefixStore | None = None
     codec: str | PageCodec = "lossless"
+    quality: float | None = None
+    basis: str | Path | Basis | None = None
 
     def __post_init__(self):
         if self.store is None or self.store == "":
             raise ValueError("sequential needs a place for its pages; give store= a folder, a URL or a PrefixStore")
 
     def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
+        from hf_kvcache.sequential.codecs import make_codec
         from hf_kvcache.sequential.source import StoreSource
-        from hf_kvcache.sequential.store import PrefixStore, default_codecs
+        from hf_kvcache.sequential.store import PrefixStore
 
         store = PrefixStore(self.store) if isinstance(self.store, (str, Path)) else self.store
         if not isinstance(store, PrefixStore):
             raise TypeError(f"store must be a folder, a URL or a PrefixStore, got {type(store).__name__}")
         codec = self.codec
         if isinstance(codec, str):
-            known = default_codecs()
-            if codec not in known:
-                raise ValueError(f"codec must be one of {', '.join(known)}, got {codec!r}")
-            codec = known[codec]
+            options: dict[str, Any] = {"quality": self.quality, "basis": self.basis}
+            codec = make_codec(codec, page_size=store.page_size, fingerprint=spec.fingerprint, **options)
         return spec.fill("prefix", StoreSource(store, codec), by=self.name)

@@ -129,12 +129,13 @@ def _table(header: dict[str, Any]) -> list[tuple[str, str, int, int]]:
         raise PageError(f"the sections of a page must be a list of at most {MAX_SECTIONS}")
     rows: list[tuple[str, str, int, int]] = []
     for entry in table:
-        given = entry if isinstance(entry, dict) else {}
-        name, coding, stored, length = (given.get(field) for field in ("name", "coding", "stored", "length"))
-        typed = type(name) is str and type(coding) is str and type(stored) is int and type(length) is int
-        if not typed or min(stored, length) < 0:
-            raise PageError(f"a section of a page must have a name, a coding and two lengths, got {str(entry)[:80]}")
-        rows.append((name, coding, stored, length))
+        match entry:
+            case {"name": str(name), "coding": str(coding), "stored": int(stored), "length": int(length)} if (
+                min(stored, length) >= 0
+            ):
+                rows.append((name, coding, stored, length))
+            case _:
+                raise PageError(f"a section of a page has a name, a coding and two lengths, got {str(entry)[:80]}")
     if len({row[0] for row in rows}) != len(rows):
         raise PageError("two sections of a page have one name")
     return rows

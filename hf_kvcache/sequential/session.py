@@ -81,8 +81,7 @@ class PromptSession:
 
     Args:
         store: where pages are.
-        codec: to write pages with.
-        codecs: that may have written what is read, by name.
+        codec: of the pages.
         identity: makes the identity from a digest of the weights and a dtype.
         prompt_length: columns of the prompt, padding included.
         queries: how many of the last queries of the prompt eviction wants to see; None for all of them.
@@ -92,12 +91,11 @@ class PromptSession:
         self,
         store: PrefixStore,
         codec: PageCodec,
-        codecs: dict[str, PageCodec],
         identity: Callable[[str, str], Identity],
         prompt_length: int,
         queries: int | None,
     ) -> None:
-        self.store, self.codec, self.codecs, self._identity = store, codec, codecs, identity
+        self.store, self.codec, self._identity = store, codec, identity
         self.prompt_length, self.queries = prompt_length, queries
         self.rows: list[Row] = []
         self.adopted = 0
@@ -251,7 +249,8 @@ class PromptSession:
             layer.adopt(key, value)
             self._pieces.setdefault(geometry.producers[index], []).append((self._seen, *pair))
         used = {match.key: match for row in self.rows for match in row.matches if match.key in read}
-        self.store.adopted(list(used.values()))
+        tokens = sum(target - max(row.padding, self._seen) for row in self.rows if row.padding < target)
+        self.store.adopted(list(used.values()), tokens)
         for row in self.rows:
             row.pages = {}
         count = target - self._seen
@@ -259,7 +258,7 @@ class PromptSession:
         return count
 
     def _read(self, match: Match) -> Page | None:
-        page = self.store.load(match, self.codecs, self._context)
+        page = self.store.load(match, {self.codec.name: self.codec}, self._context)
         return page if page is not None and page.keys else None
 
     def _fill(self, pair: list[Tensor], number: int, row: Row, index: int, target: int) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from hf_kvcache.sequential.identity import Identity
 from hf_kvcache.sequential.page import PageCodec
 from hf_kvcache.sequential.session import PromptSession
-from hf_kvcache.sequential.store import PrefixStore, default_codecs
+from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.spec import CacheSpec
 
 
@@ -28,8 +28,7 @@ class StoreSource:
         """A session for one prompt."""
         identity = partial(self.identity, spec)
         queries = 0 if spec.eviction is None else spec.eviction.scorer.queries
-        codecs = {**default_codecs(), self.codec.name: self.codec}
-        return PromptSession(self.store, self.codec, codecs, identity, prompt_length, queries)
+        return PromptSession(self.store, self.codec, identity, prompt_length, queries)
 
     def identity(self, spec: CacheSpec, weights: str, dtype: str) -> Identity:
         """What pages of a model under this spec are found by."""

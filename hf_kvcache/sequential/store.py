@@ -15,10 +15,8 @@ import numpy as np
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, page_key
-from hf_kvcache.sequential.lossless import Lossless
 from hf_kvcache.sequential.packing import PageError
 from hf_kvcache.sequential.page import Context, Page, PageCodec
-from hf_kvcache.sequential.tokens import Tokens
 from hf_kvcache.sequential.writer import Writer
 
 PAGE_SIZE = 256
@@ -134,10 +132,10 @@ class PrefixStore:
             self.counts.read_seconds += time.perf_counter() - began
         return page
 
-    def adopted(self, matches: Sequence[Match]) -> None:
-        """Counts pages that a run has taken over."""
+    def adopted(self, matches: Sequence[Match], tokens: int) -> None:
+        """Counts pages of which a run has taken over so many tokens, those of all rows together."""
         self.counts.adopted_pages += len(matches)
-        self.counts.adopted_tokens += sum(match.length for match in matches)
+        self.counts.adopted_tokens += tokens
         with self._surviving("counted"):
             self.backend.used((match.key, match.parent) for match in matches)
 
@@ -301,8 +299,3 @@ def _reopen(url: str, options: dict[str, Any]) -> PrefixStore:
 def _without_password(url: str) -> str:
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else url
-
-
-def default_codecs() -> dict[str, PageCodec]:
-    """Codecs that need no options, by name."""
-    return {codec.name: codec for codec in (Lossless(), Tokens())}

@@ -77,8 +77,12 @@ class RedisServer:
             for key in keys:
                 pipeline.hget(f"{PREFIX}:entry:{key}", "ids")
             found = zip(keys, pipeline.execute(), strict=True)
-        pages = ((key, np.frombuffer(ids, dtype="<u4")) for key, ids in found if ids)
-        return [(key, ids) for key, ids in pages if ids[0] == head][:MOST_CHILDREN]
+        pages: list[tuple[str, np.ndarray | None]] = []
+        for key, data in found:
+            ids = np.frombuffer(data or b"", dtype="<u4")
+            if len(ids) and ids[0] == head:
+                pages.append((key, ids))
+        return pages[:MOST_CHILDREN]
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         with self._client.pipeline(transaction=False) as pipeline:
