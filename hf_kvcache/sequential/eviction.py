@@ -56,17 +56,17 @@ def cheapest(entries: Sequence[Entry], pinned: Collection[str], now: float) -> I
 
 def needless(entries: Sequence[Entry], pinned: Collection[str], page_size: int) -> Iterator[Entry]:
     """Tails that a longer page with the same beginning stands for, and pages whose predecessors are gone."""
-    by_key = {entry.key: entry for entry in entries}
     beside: dict[str, list[Entry]] = {}
     for entry in entries:
         beside.setdefault(entry.parent, []).append(entry)
+    reached: set[str] = set()
+    for entry in sorted(entries, key=lambda entry: entry.start):
+        if entry.start == 0 or entry.parent in reached:
+            reached.add(entry.key)
     for entry in entries:
-        if entry.key in pinned:
-            continue
-        orphan = entry.start > 0 and entry.parent not in by_key
         longer = len(entry.ids) < page_size and any(
             len(other.ids) > len(entry.ids) and bool((other.ids[: len(entry.ids)] == entry.ids).all())
             for other in beside[entry.parent]
         )
-        if orphan or longer:
+        if entry.key not in pinned and (longer or entry.key not in reached):
             yield entry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,8 @@ from hf_kvcache.sequential.page import Coded, Context, Page, PageCodec
 MOST_TOKENS = 1 << 16
 # bytes that the sections of a page may have over its plain keys and values
 SLACK = 1 << 20
+# seconds since the epoch, of a prefill, or bits
+MOST = 1e12
 
 FIELDS: dict[str, tuple[type, ...]] = {
     "key": (str,),
@@ -101,14 +102,14 @@ def read(data: bytes, key: str, parent: str, codecs: dict[str, PageCodec], conte
 def _checked(header: dict[str, Any]) -> dict[str, Any]:
     """The header, when every field has its type and a possible value."""
     for name, types in FIELDS.items():
-        if type(header.get(name)) not in types:
+        if name not in header or type(header[name]) not in types:
             raise PageError(f"the header of a page has {name}={str(header.get(name))[:40]!r}, which cannot be")
     keys = all(KEY.fullmatch(header[name]) for name in ("key", "parent"))
     numbers = [header[name] for name in ("created", "seconds", "information") if header[name] is not None]
     if not keys or not 0 < header["tokens"] <= MOST_TOKENS or not 0 <= header["start"] < 1 << 31:
         raise PageError("the header of a page has a key, a length or a position that cannot be")
-    if not all(math.isfinite(number) for number in numbers):
-        raise PageError("the header of a page has a number that is not finite")
+    if not all(abs(number) < MOST for number in numbers):
+        raise PageError("the header of a page has a time or an information that cannot be")
     return header
 
 

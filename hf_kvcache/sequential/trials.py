@@ -9,6 +9,7 @@ import random
 import signal
 import struct
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -184,6 +185,34 @@ def competitors(url: str, processes: int, seconds: float, patience: float = 120)
         totals["ended"] += process.exitcode == 0
         process.kill()
     return totals
+
+
+def write_beyond_the_disk(url: str) -> tuple[int, int, list[str]]:
+    """Stores a page, and then two for which the system has no room.
+
+    Returns:
+        how many pages were stored, how many were not, and why, as far as a user was told.
+    """
+    receive, send = _context().Pipe(duplex=False)
+    process = _context().Process(target=_write_beyond_the_disk, args=(url, send))
+    process.start()
+    result = receive.recv()
+    process.join()
+    return result
+
+
+def _write_beyond_the_disk(url: str, done: Connection) -> None:
+    import resource
+
+    store = PrefixStore(url, page_size=8)
+    keys = put_chain(store, chain(1))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        keys += put_chain(store, chain(2, seed=1, tokens=64))
+    told = [reason for warning in said for reason in ("File too large",) if reason in str(warning.message)]
+    done.send((sum(key is not None for key in keys), keys.count(None), told if len(told) == len(said) else said))
 
 
 def _context() -> ForkServerContext:

@@ -27,7 +27,7 @@ from hf_kvcache.sequential.trials import (
     with_header,
 )
 
-FUZZ = int(os.environ.get("HF_KVCACHE_FUZZ", "20000"))
+FUZZ = int(os.environ.get("HF_KVCACHE_FUZZ", "5000"))
 
 
 def written(page, context=CONTEXT, secret=b"", parent=IDENTITY.root):

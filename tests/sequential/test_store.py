@@ -3,7 +3,6 @@
 import errno
 import os
 import sqlite3
-import subprocess
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ from hf_kvcache.sequential.trials import (
     random_page,
     restored,
     same,
+    write_beyond_the_disk,
 )
 
 
@@ -160,21 +160,7 @@ def test_failures_are_said_once_and_nothing_else_happens(tmp_path, monkeypatch):
 def test_a_full_disk_is_survived(tmp_path):
     """A real one: the system refuses to let a file grow beyond a size that no page fits into."""
     pytest.importorskip("resource", reason="no limits on this system")
-    code = """
-import resource, signal, sys, warnings
-from hf_kvcache.sequential.store import PrefixStore
-from hf_kvcache.sequential.trials import CODECS, CONTEXT, chain, put_chain, random_page
-store = PrefixStore(sys.argv[1], page_size=8)
-kept = put_chain(store, chain(1))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    assert store.put(random_page(5, 64), kept[0], CODECS["lossless"], CONTEXT) is None
-    assert store.put(random_page(6, 64), kept[0], CODECS["lossless"], CONTEXT) is None
-assert len(said) == 1 and "File too large" in str(said[0].message), said
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    assert write_beyond_the_disk(str(tmp_path)) == (1, 2, ["File too large"])
     with PrefixStore(tmp_path, page_size=8) as store:
         assert store.verify() == (1, [])
 
@@ -185,7 +171,14 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
         put_chain(store, pages)
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and allowed(path, mode))
-    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+    opened = Path.open
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if "w" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
     store = PrefixStore(tmp_path, page_size=8)
     assert len([page for page in restored(store, ids_of(pages)) if page is not None]) == 2
     with pytest.warns(RuntimeWarning) as said:
@@ -201,7 +194,7 @@ def test_a_store_that_is_gone_is_survived(store):
     pages = chain(2)
     put_chain(store, pages)
     shutil.rmtree(store.url)
-    assert restored(store, ids_of(pages)) == []
+    assert set(restored(store, ids_of(pages))) <= {None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         store.put(pages[0], IDENTITY.root, CODECS["lossless"], CONTEXT)
