@@ -14,16 +14,17 @@ KL(untouched || method), in nats a token.
 from __future__ import annotations
 
 import argparse
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
 from common import TEST_TEXTS, evaluation_texts, windows, write_results
+from interleaved import DEFAULT, compare, twin
 from torch import Tensor
 
 from hf_kvcache import Fp8, Method, TurboQuant, Uniform, patch_model, smollm2, unpatch_model
 from hf_kvcache.codecs import Codec, Fp8Codec, PaperTurboQuantCodec, TurboQuantCodec, UniformCodec
-from hf_kvcache.measure import cache_bytes, continuation, kl_divergence, speed, top1_agreement
+from hf_kvcache.measure import continuation, kl_divergence, top1_agreement
 
 PREFIX, SCORED = 1024, 160
 # printed in the paper for TurboQuant_mse on unit vectors
@@ -171,34 +172,17 @@ def fidelity(model: Any, tokenizer: Any, count: int) -> None:
 def speeds(model: Any, tokenizer: Any, contexts: list[int], repetitions: int, steps: int) -> None:
     """Ratios to the default cache, interleaved; one row for every context and method."""
     chosen = {name: method for name, method in methods().items() if name in ("none", "turboquant 4", "turboquant 2")}
+    copies = {DEFAULT: model} | {name: twin(model) for name in chosen}
+    for name, method in chosen.items():
+        patch_model(copies[name], method)
     rows = []
     for context in contexts:
         ids = windows(tokenizer, texts()["manual"], 1, context)
-        ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
-        held = {}
-        for _ in range(repetitions):
-            default = speed(model, ids, steps)
-            for name, method in chosen.items():
-                patch_model(model, method)
-                own = speed(model, ids, steps)
-                held[name] = (
-                    cache_bytes(model(ids, logits_to_keep=1).past_key_values) if name not in held else held[name]
-                )
-                unpatch_model(model)
-                ratios[name].append((default.prefill / own.prefill, default.decode / own.decode))
-        for name, pairs in ratios.items():
-            rows.append(
-                {
-                    "method": name,
-                    "context": context,
-                    "kv_bytes_of_full": held[name] / held["none"],
-                    "prefill_speedup": median(prefill for prefill, _ in pairs),
-                    "decode_speedup": median(decode for _, decode in pairs),
-                    "decode_speedup_min": min(decode for _, decode in pairs),
-                    "decode_speedup_max": max(decode for _, decode in pairs),
-                    "repetitions": repetitions,
-                }
-            )
+        timings = compare(copies, ids, repetitions, steps)
+        full_bytes = timings[DEFAULT].kv_bytes
+        for name in chosen:
+            held = timings[name].kv_bytes / full_bytes
+            rows.append({"method": name, "context": context, "kv_bytes_of_full": held} | timings[name].row())
     write_results("turboquant_speed", rows)
 
 
