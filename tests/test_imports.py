@@ -49,11 +49,13 @@ BORDER = {
     "api",
     "calibration",
     "cli",
+    "cli_store",
     "demo",
     "evaluation",
     "integrations",
     "measure",
     "models",
+    "plot_trie",
     "plots",
     "real_models",
     "report",
@@ -67,10 +69,10 @@ RESTRICTED = {
     "triton": {"kernels.triton_ops"},
     "lm_eval": {"integrations"},
     "datasets": {"integrations"},
-    "matplotlib": {"plots", "demo"},
+    "matplotlib": {"plots", "plot_trie", "demo"},
     "gguf": {"demo", "cli", "testing"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "report"},
+    "typer": {"cli", "cli_store"},
+    "rich": {"cli", "cli_store", "demo", "progress", "report"},
 }
 
 # not needed to use the library, or slow to import

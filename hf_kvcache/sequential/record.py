@@ -69,6 +69,12 @@ def write(page: Page, codec: PageCodec, context: Context, entry: Entry, secret: 
     return Record(Entry.of_header(description, page.ids, len(data)), data)
 
 
+def annotated(data: bytes, information: float, secret: bytes = b"") -> bytes:
+    """The file of a page with its information noted in the header."""
+    file = pagefile.load(data, secret)
+    return pagefile.dump(pagefile.PageFile({**file.description, "information": information}, file.sections), secret)
+
+
 def summary(data: bytes, secret: bytes = b"") -> Entry:
     """What an index knows of a page, from its file; keys and values are not decoded."""
     file = pagefile.load(data, secret, lambda header: 4 * _checked(header)["tokens"], only=("ids",))

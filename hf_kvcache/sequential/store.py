@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,39 @@ class PrefixStore:
     def entries(self) -> Iterator[Entry]:
         """What is known of every page."""
         return self.backend.entries()
+
+    def annotate(self, identity: Identity, ids: Sequence[int] | np.ndarray, bits: np.ndarray) -> int:
+        """Notes I(page) = -log2 P_M(page | what is before it) on the pages of a prompt; returns on how many.
+
+        Args:
+            identity: of the run.
+            ids: the prompt.
+            bits: of every token (`information.token_bits`).
+        """
+        keys = {match.key: match for match in self.match(identity, ids) if match.length}
+        known = [entry for entry in self.backend.entries() if entry.key in keys]
+        for entry in known:
+            data = self.backend.read(entry.key, entry.parent)
+            if data is not None and keys[entry.key].length == len(entry.ids):
+                own = float(bits[entry.start : entry.start + len(entry.ids)].sum())
+                noted = record.annotated(data, own, self.secret)
+                self.backend.write(replace(entry, information=own, size=len(noted)), noted)
+        return len(known)
+
+    def export(self, other: PrefixStore) -> int:
+        """Copies every whole page to another store; returns how many it did not have."""
+        copied = 0
+        for entry in self.backend.entries():
+            data = self.backend.read(entry.key, entry.parent)
+            if data is None or other.backend.contains(entry.key, entry.parent):
+                continue
+            try:
+                record.summary(data, self.secret)
+            except PageError:
+                continue
+            other.backend.write(entry, data)
+            copied += 1
+        return copied
 
     def verify(self) -> tuple[int, list[str]]:
         """Reads every page; returns how many are whole and the keys of those that are not, which are removed."""

@@ -116,11 +116,11 @@ def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] |
     if scheme in ("redis", "rediss", "unix"):
         from hf_kvcache.sequential.backends.redis_server import RedisServer
 
-        return RedisServer(text, secret, **options)
+        return RedisServer(text, secret, options)
     if scheme and scheme != "file":
         from hf_kvcache.sequential.backends.filesystem import FileSystem
 
-        return FileSystem(text, secret, **options)
+        return FileSystem(text, secret, options)
     from hf_kvcache.sequential.backends.directory import Directory
 
     return Directory(text.removeprefix("file://"), secret, **options)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,7 +37,7 @@ class FileSystem:
     # drivers of object stores raise their own kinds, which have nothing in common
     failures: ClassVar[tuple[type[Exception], ...]] = (Exception,)
 
-    def __init__(self, url: str, secret: bytes = b"", **options: Any) -> None:
+    def __init__(self, url: str, secret: bytes = b"", options: Mapping[str, Any] | None = None) -> None:
         try:
             import fsspec
         except ImportError:
@@ -45,7 +45,7 @@ class FileSystem:
         self.secret = secret
         try:
             # what other processes write must be seen: listings are not to be remembered
-            self.files, folder = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
+            self.files, folder = fsspec.core.url_to_fs(url, use_listings_cache=False, **(options or {}))
         except ImportError as error:
             raise ModuleNotFoundError(f"the store {url} needs a driver that is not installed: {error}") from None
         self.pages, self.names = f"{folder.rstrip('/')}/pages", f"{folder.rstrip('/')}/pins"

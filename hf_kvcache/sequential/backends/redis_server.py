@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,14 @@ class RedisServer:
         options: for `redis.Redis.from_url`.
     """
 
-    def __init__(self, url: str, secret: bytes = b"", **options: Any) -> None:
+    def __init__(self, url: str, secret: bytes = b"", options: Mapping[str, Any] | None = None) -> None:
         try:
             import redis
         except ImportError:
             raise ModuleNotFoundError(f"the store {url.split('@')[-1]} needs redis; pip install redis") from None
-        self._client: Any = redis.Redis.from_url(url, **{"socket_timeout": 20, "socket_connect_timeout": 5, **options})
+        self._client: Any = redis.Redis.from_url(
+            url, **{"socket_timeout": 20, "socket_connect_timeout": 5, **(options or {})}
+        )
         self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
     @property
