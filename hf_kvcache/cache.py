@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from hf_kvcache.attention import ResidualContext
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer, StateLayer
 from hf_kvcache.persistence import save_cache
 from hf_kvcache.spec import STATE, CacheSpec
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.session import PromptSession
 
 
 class KVCache(Cache):
@@ -60,6 +64,8 @@ class KVCache(Cache):
         self.replaying = False
         # of the present forward only, where layers add the KV of lower ones
         self.residual: ResidualContext | None = None
+        # takes a prompt from a store, and gives it to one
+        self.prompts: PromptSession | None = None
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:
         """Announces the prompt before it comes; `generate` of a patched model does it.
@@ -71,6 +77,15 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             layer.expect(prompt_length, copies)
+        if self.spec.prefix is not None:
+            self.prompts = self.spec.prefix.session(self.spec, prompt_length)
+            for index, layer in self.producers.items():
+                layer.witness = partial(self.prompts.take, index)
+
+    @property
+    def producers(self) -> dict[int, KVCacheLayer | SlidingLayer]:
+        """The layers that store, by their index."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, ConsumerLayer)}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -98,7 +113,7 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.prompt_ids = None
+        self.prompt_ids = self.prompts = None
 
     @property
     def _sealed(self) -> bool:

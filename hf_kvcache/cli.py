@@ -1,4 +1,4 @@
-"""The command line: `hf-kvcache methods | demo | calibrate | tune | lm-eval | report`."""
+"""The command line: `hf-kvcache methods | demo | calibrate | tune | lm-eval | report | store`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_kvcache.cli_store import store_app
+
 app = typer.Typer(
     help="A compressed KV cache for Hugging Face models.",
     no_args_is_help=True,
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 calibrate_app = typer.Typer(help="Fit a method to a model and save the result.", no_args_is_help=True)
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(store_app, name="store")
 console = Console()
 
 
@@ -86,6 +89,24 @@ def calibrate_headkv(
     importance.save(output)
     layers, heads = importance.values.shape
     console.print(f"{importance.settings['answered']} of {samples} questions answered; {layers} layers x {heads} heads")
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+
+
+@calibrate_app.command("sequential")
+def calibrate_sequential(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the basis to.")],
+    samples: Annotated[int, typer.Option(help="Number of texts.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
+    text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
+) -> None:
+    """Fit the basis that the codec 'residual' of sequential turns keys and values with, and save it."""
+    from hf_kvcache.calibration.sequential_basis import calibrate_basis
+
+    loaded, tokenizer = load_model(model)
+    basis = calibrate_basis(loaded, texts=text, samples=samples, length=length, tokenizer=tokenizer)
+    basis.save(output)
+    console.print(f"{len(basis.parts)} transforms of up to {max(len(part.mean) for part in basis.parts)} channels")
     console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
 
 

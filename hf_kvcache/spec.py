@@ -2,8 +2,8 @@
 
 A cache is a stack of layers, and each layer is independent choices: which layers store KV (`sharing`), which tokens are
 kept (`scorer`, `allocator`, `selector`, under one `budget`), how an entry is stored (`codec`) and where it is stored
-(`store`). A method fills one of these slots; two methods that fill the same slot contradict each other, and the error
-names both.
+(`store`). Beside them a `prefix` store may keep prompts from one run to the next. A method fills one of these slots;
+two methods that fill the same slot contradict each other, and the error names both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_kvcache.codecs import Codec, DenseCodec
 from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK
 from hf_kvcache.eviction.policy import DEFAULT_BUDGET
 from hf_kvcache.sharing import SharingPlan
-from hf_kvcache.stores import DeviceStore, Store
+from hf_kvcache.stores import DeviceStore, PrefixSource, Store
 
 # the window of a layer that keeps a state of constant size in place of keys and values
 STATE = 0
@@ -29,6 +29,7 @@ SLOTS = {
     "selector": "selector",
     "codec": "codecs",
     "store": "store",
+    "prefix": "prefix",
 }
 
 
@@ -48,6 +49,7 @@ class CacheSpec:
         every: after how many generated tokens to evict again; None for never.
         codecs: for every layer how a sealed entry is stored.
         store: where it is stored.
+        prefix: where prompts are looked up and kept between runs; None for nowhere.
         filled_by: for every slot that a method filled, the name of that method.
     """
 
@@ -62,6 +64,7 @@ class CacheSpec:
     budget: int | float | None = None
     every: int | None = None
     store: Store = DeviceStore()  # noqa: RUF009 - a frozen value
+    prefix: PrefixSource | None = None
     filled_by: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

@@ -23,6 +23,7 @@ from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches import early_exit, residual
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
+from hf_kvcache.patches.prefix import WeightsMemo, adopt_prefix, store_prefix
 from hf_kvcache.patches.saving import save_pretrained
 from hf_kvcache.spec import CacheSpec
 
@@ -96,6 +97,8 @@ class Attachment:
                 self.adapter.find_layers(model)[layer].register_forward_pre_hook(early_exit.cut, with_kwargs=True)
         if self.spec.sharing.part_of_model and hasattr(model, "save_pretrained"):
             model.save_pretrained = partial(save_pretrained, model)
+        if self.spec.prefix is not None:
+            decoder.register_forward_hook(store_prefix, with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:
             decoder.register_forward_hook(after_decoder, with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
@@ -134,7 +137,7 @@ def require_attached(model: nn.Module) -> Attachment:
 
 def _remove_hooks(module: nn.Module) -> None:
     """Takes our hooks, and no others, off a module."""
-    ours = (early_exit.ask, early_exit.cut, after_decoder)
+    ours = (early_exit.ask, early_exit.cut, after_decoder, store_prefix)
     for hooks, with_kwargs in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_with_kwargs),
@@ -232,6 +235,7 @@ class BeforeDecoder:
 
     def __init__(self, spec: CacheSpec, name: str, adapter: Adapter) -> None:
         self.spec, self.name, self.adapter = spec, name, adapter
+        self.weights = None if spec.prefix is None else WeightsMemo()
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -248,6 +252,8 @@ class BeforeDecoder:
         self._check(decoder, kwargs)
         if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
             cache.remember_prompt(kwargs["input_ids"])
+        if isinstance(cache, KVCache) and self.weights is not None:
+            adopt_prefix(decoder, cache, kwargs, self.adapter, self.weights)
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
         if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):

@@ -31,14 +31,16 @@ LAYERS = {
     "safefile": set(),
     **dict.fromkeys(AXES, GROUND | AXES),
     "spec": VALUES,
-    "methods": VALUES | {"methods"},
+    # what a spec may hold of it is loaded when the method is applied
+    "sequential": VALUES | {"sequential"},
+    "methods": VALUES | {"methods", "sequential"},
     "resolve": VALUES | {"methods"},
     "attention": VALUES,
     "layers": VALUES | {"attention", "layers"},
     "persistence": VALUES,
-    "cache": VALUES | {"attention", "layers", "persistence"},
+    "cache": VALUES | {"attention", "layers", "persistence", "sequential"},
     "deferred": VALUES | {"layers", "cache"},
-    "patches": VALUES | RUNTIME,
+    "patches": VALUES | RUNTIME | {"sequential"},
 }
 # the groups that may import everything: the public functions and what is built on them
 BORDER = {
@@ -47,12 +49,14 @@ BORDER = {
     "api",
     "calibration",
     "cli",
+    "cli_store",
     "demo",
     "evaluation",
     "integrations",
     "measure",
     "models",
     "planning",
+    "plot_trie",
     "plots",
     "real_models",
     "report",
@@ -66,14 +70,17 @@ RESTRICTED = {
     "triton": {"kernels.triton_ops"},
     "lm_eval": {"integrations"},
     "datasets": {"integrations"},
-    "matplotlib": {"plots", "demo"},
+    "matplotlib": {"plots", "plot_trie", "demo"},
     "gguf": {"demo", "cli", "testing"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "report"},
+    "typer": {"cli", "cli_store"},
+    "rich": {"cli", "cli_store", "demo", "progress", "report"},
 }
 
 # not needed to use the library, or slow to import
-NOT_IMPORTED = ("triton", "lm_eval", "datasets", "matplotlib", "gguf", "typer", "rich")
+NOT_IMPORTED = (
+    *("triton", "lm_eval", "datasets", "matplotlib", "gguf", "typer", "rich"),
+    *("zstandard", "constriction", "redis", "s3fs", "sqlite3"),
+)
 
 # processor seconds, so that other work does not count
 LIMIT = 0.2

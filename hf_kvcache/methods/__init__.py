@@ -19,6 +19,7 @@ from hf_kvcache.methods.planned import Planned, TargetRatio
 from hf_kvcache.methods.pyramidkv import PyramidKV
 from hf_kvcache.methods.random import Random
 from hf_kvcache.methods.rkv import RKV
+from hf_kvcache.methods.sequential import Sequential
 from hf_kvcache.methods.snapkv import SnapKV
 from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
@@ -54,6 +55,7 @@ METHODS: dict[str, type[Method]] = {
         Offload,
         Planned,
         TargetRatio,
+        Sequential,
     )
 }
 
@@ -81,6 +83,7 @@ __all__ = [
     "PyramidKV",
     "Random",
     "ScoringMethod",
+    "Sequential",
     "SnapKV",
     "StreamingLLM",
     "TargetRatio",
