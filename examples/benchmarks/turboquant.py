@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from common import windows, write_results
+from common import add_results, windows, write_results
 from fidelity import PREFIX, Fidelity, texts
 from interleaved import DEFAULT, compare, twin
 from peer_backends import missing
@@ -134,17 +134,16 @@ def distortion(model: Any, tokenizer: Any) -> None:
     write_results("turboquant_distortion", rows)
 
 
-def fidelity(model: Any, tokenizer: Any, count: int) -> None:
+def fidelity(model: Any, tokenizer: Any, count: int, names: list[str] | None) -> None:
     """One row for every method and domain, their mean last; transformers' caches where they are installed."""
-    protocol = Fidelity(model, tokenizer, count)
-    rows = [row for name, method in methods().items() for row in protocol.of_method(name, method)]
-    for name in PEERS:
-        reason = missing("transformers", name)
+    protocol, own = Fidelity(model, tokenizer, count), methods()
+    for name in names or [*own, *PEERS]:
+        reason = None if name in own else missing("transformers", name)
         if reason:
             print(f"skipping {name}: {reason}")
-        else:
-            rows += protocol.of_peer(name)
-    write_results("turboquant_fidelity", rows)
+            continue
+        for row in protocol.of_method(name, own[name]) if name in own else protocol.of_peer(name):
+            add_results("turboquant_fidelity", row, ("method", "windows", "domain"))
 
 
 def speeds(model: Any, tokenizer: Any, contexts: list[int], repetitions: int, steps: int) -> None:
@@ -171,13 +170,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8000], help="for speed")
     parser.add_argument("--repetitions", type=int, default=5, help="for speed")
     parser.add_argument("--steps", type=int, default=8, help="decode steps, for speed")
+    parser.add_argument("--methods", nargs="+", help="some of the methods only, for fidelity; other rows stay")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = smollm2.load()
     if options.part == "distortion":
         distortion(model, tokenizer)
     elif options.part == "fidelity":
-        fidelity(model, tokenizer, options.windows)
+        fidelity(model, tokenizer, options.windows, options.methods)
     else:
         speeds(model, tokenizer, options.contexts, options.repetitions, options.steps)
 
