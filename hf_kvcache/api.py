@@ -115,7 +115,7 @@ def measure_heads(
 
 def unpatched_fingerprint(model: nn.Module) -> str:
     """The fingerprint of a supported model that is not patched; raises for any other."""
-    target = _base_model(model)
+    target = base_model(model)
     find_adapter(target)
     require_weights(target)
     if attached(target) is not None:
