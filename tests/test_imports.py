@@ -45,6 +45,7 @@ BORDER = {
     "__init__",
     "__main__",
     "api",
+    "bench",
     "calibration",
     "cli",
     "demo",
