@@ -1,4 +1,4 @@
-"""The command line: `hf-kvcache methods | demo | calibrate | tune | lm-eval | report | store`."""
+"""The command line: `hf-kvcache methods | demo | bench | calibrate | tune | lm-eval | report | store`."""
 
 from __future__ import annotations
 
@@ -108,6 +108,35 @@ def calibrate_sequential(
     basis.save(output)
     console.print(f"{len(basis.parts)} transforms of up to {max(len(part.mean) for part in basis.parts)} channels")
     console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, table and page.")],
+    methods: Annotated[list[str], typer.Option(help='NAME or NAME{"option": value}; may be given again.')],
+    budgets: Annotated[list[float] | None, typer.Option(help="Shares to keep, for methods that evict.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Retrieval tasks, such as niah-4 and kv-20.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text file for the fidelity; default: the shipped prose.")] = None,
+    contexts: Annotated[int, typer.Option(help="Texts, and contexts of every task.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
+) -> None:
+    """Measure methods on a model: a CSV table and one HTML page. A run that was stopped goes on where it was."""
+    from hf_kvcache.bench import parse_setting, run_bench, write_csv, write_page
+
+    settings = [setting for text in methods for setting in parse_setting(text, budgets or [])]
+    loaded, tokenizer = load_model(model)
+    options = {
+        "tasks": tasks or ["niah-4"],
+        "contexts": contexts,
+        "length": length,
+        "texts": data,
+        "say": console.print,
+    }
+    records = run_bench(loaded.float(), tokenizer, settings, output, **options)  # type: ignore[arg-type]
+    write_csv(records, output / "bench.csv")
+    write_page(records, output / "bench.html", f"KV cache methods on {model}")
+    console.print(f"wrote {output / 'bench.csv'} and {output / 'bench.html'}")
 
 
 @app.command()

@@ -41,7 +41,7 @@ def references(model: Any, windows: Sequence[Window]) -> list[list[Continuation]
     for window in windows:
         with torch.no_grad():
             cache = model(input_ids=window.context, use_cache=True, logits_to_keep=1).past_key_values
-        found.append([_asked(model, cache, window, question) for question in window.questions])
+        found.append([predictions(model, cache, window, question) for question in window.questions])
     return found
 
 
@@ -71,7 +71,7 @@ def verify(
             whole += report(cache).full_bytes * 2 / _item_size(model)
             divergences.append(
                 [
-                    kl_divergence(reference, _asked(model, cache, window, question))
+                    kl_divergence(reference, predictions(model, cache, window, question))
                     for reference, question in zip(expected, window.questions, strict=True)
                 ]
             )
@@ -81,7 +81,7 @@ def verify(
         unpatch_model(model)
 
 
-def _asked(model: Any, cache: Any, window: Window, question: Question) -> Continuation:
+def predictions(model: Any, cache: Any, window: Window, question: Question) -> Continuation:
     """The predictions that count of one question, on a copy of the cache."""
     found = continued(model, copy.deepcopy(cache), question.ids, window.context.shape[1])
     return Continuation(found.log_probs[question.first :], found.targets[question.first :], found.kv_bytes)
