@@ -99,6 +99,20 @@ def test_eager_is_sdpa(kind):
     assert torch.equal(greedy(other, ids), greedy(model, ids))
 
 
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+def test_windows_by_blocks_are_those_of_the_mask(method):
+    model = patched_or_not("window", method)
+    eager = model_of("window")
+    eager.set_attn_implementation("eager")
+    for length in (8, 9, 16, 17, 37):
+        ids = random_ids(batch=2, length=length)
+        for kwargs in ({}, {"use_cache": False}):
+            close(logits(model, ids, **kwargs), logits(eager, ids, use_cache=False))
+        # a second chunk longer than the window, after a first one
+        chunks = greedy(model, ids, tokens=4, prefill_chunk_size=11)
+        assert torch.equal(chunks, greedy(eager, ids, tokens=4))
+
+
 # early exit
 
 
