@@ -13,19 +13,19 @@ remainders, and one merge of the partial results, however many heads there are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.merge_states import merge_partials
+from hf_kvcache.kernels.merge_states import merge_partials, merge_states
 
 # the attention over a block costs about as much a token as over a long run from here on
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16
 
-# (first entry, (rows, heads, tokens), query [rows, heads, M, D], mask, run of each part or query) -> out, lse
+# (first entry, (rows, heads, tokens), query, mask, runs of the query's heads) -> out, lse; as `Codec.attend`
 AttendBlock = Callable[[int, tuple[int, int, int], Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
 
 
@@ -117,41 +117,42 @@ class Layout:
         valid[owner, column] = True
         return index.view(self.rows, self.heads, longest), valid.view(self.rows, self.heads, longest)
 
-    def attend(self, attend_block: AttendBlock, query: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(
+        self, attend_block: AttendBlock, query: Tensor, beside: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Partial attention of every run's own queries.
 
         Args:
             attend_block: attention over one rectangle of entries.
             query: `[S, H_kv, M, D]`.
+            beside: a partial result over other entries, to be joined with; shapes as returned.
 
         Returns:
             out `[S, H_kv, M, D]` and lse `[S, H_kv, M]`; an empty run has out 0 and lse -inf.
         """
         if self.uniform:
             owners = torch.arange(self.rows * self.heads, device=query.device).view(self.rows, self.heads)
-            return attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
+            state = attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
+            return state if beside is None else merge_states(*state, *beside)
         plan = self._plan(query.device)
-        by_run, queries = query.flatten(0, 1), query.shape[2]
-        outs, lses = [], []
+        parts = []
         if len(plan.block_owner):
             shape = (len(plan.block_owner), 1, self.block)
-            part = by_run[plan.block_owner].unsqueeze(1)
-            out, lse = attend_block(0, shape, part, None, plan.block_owner.unsqueeze(1))
-            outs.append(out.squeeze(1))
-            lses.append(lse.squeeze(1))
-        for row, (start, mask, owner) in enumerate(plan.rests_for(queries)):
-            # all heads of a row look at the remainders of all of them, each through its own mask
-            columns = mask.shape[-1]
-            if not columns:
-                out, lse = torch.zeros_like(query[row]), query.new_full(query.shape[1:3], -torch.inf)
-            else:
-                flat = query[row].reshape(1, 1, -1, query.shape[-1])
-                out, lse = attend_block(start, (1, 1, columns), flat, mask, owner)
-                out, lse = out.view(query[row].shape), lse.view(query.shape[1:3])
-            outs.append(out)
-            lses.append(lse)
-        out, lse = merge_partials(torch.cat(outs), torch.cat([part.float() for part in lses]), plan.owned)
-        return out.view(query.shape), lse.reshape(query.shape[:-1])
+            blocks = query.flatten(0, 1).index_select(0, plan.block_owner).unsqueeze(1)
+            out, lse = attend_block(0, shape, blocks, None, plan.block_owner.unsqueeze(1))
+            parts.append((out.squeeze(1), lse.squeeze(1)))
+        for row, (start, mask, owners) in enumerate(plan.rests):
+            if mask.shape[-1]:
+                # all heads of a row look at the remainders of all of them, each through its own mask
+                out, lse = attend_block(start, (1, 1, mask.shape[-1]), query[row : row + 1], mask, owners)
+                parts.append((out.squeeze(0), lse.squeeze(0)))
+        if beside is not None:
+            parts.append((beside[0].flatten(0, 1), beside[1].flatten(0, 1)))
+        if not parts:
+            return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+        outs, lses = (torch.cat(part) for part in zip(*parts, strict=True))
+        out, lse = merge_partials(outs, lses, plan.owned[:, : len(lses)])
+        return out.view(query.shape), lse.view(query.shape[:-1])
 
     def _plan(self, device: torch.device) -> _Plan:
         if device not in self._plans:
@@ -163,19 +164,22 @@ class Layout:
         return {}
 
     def _make_plan(self, device: torch.device) -> _Plan:
-        rest = (self.runs - self.blocks * self.block).view(self.rows, self.heads)
-        count = int(self.blocks.sum())
-        start = count * self.block
+        run, blocks = torch.arange(len(self.runs)), self.blocks
+        rest = self.runs - blocks * self.block
+        block_owner = run.repeat_interleave(blocks)
+        # the partial results of a run: its blocks, its remainder, and what it is joined with
+        part_owner = [block_owner]
+        start = len(block_owner) * self.block
         rests = []
-        for row in range(self.rows):
-            owner = torch.arange(self.heads).repeat_interleave(rest[row])
-            rests.append((start, (owner == torch.arange(self.heads)[:, None]).to(device)))
+        for heads in run.view(self.rows, self.heads):
+            owner = heads.repeat_interleave(rest[heads])
+            mask = torch.zeros(1, self.heads, 1, len(owner)).masked_fill_(owner != heads[:, None, None], -torch.inf)
+            rests.append((start, mask.to(device), heads[None].to(device)))
             start += len(owner)
-        # every run merges its blocks and its remainder; the remainders of all runs follow the blocks
-        run = torch.arange(len(self.runs))
-        block_owner = run.repeat_interleave(self.blocks)
-        part_owner = torch.cat([block_owner, torch.where(rest.flatten() > 0, run, -1)])
-        owned = torch.zeros(len(run), len(part_owner)).masked_fill_(part_owner != run[:, None], -torch.inf)
+            if len(owner):
+                part_owner.append(torch.where(rest[heads] > 0, heads, -1))
+        owned = torch.cat([*part_owner, run]) != run[:, None]
+        owned = torch.zeros(owned.shape).masked_fill_(owned, -torch.inf)
         return _Plan(block_owner.to(device), rests, owned.to(device))
 
 
@@ -185,32 +189,18 @@ class _Plan:
 
     Args:
         block_owner: the run of every full block.
-        rests: for every row the first entry of its remainders and whose they are, `[H_kv, entries]`.
+        rests: for every row the first entry of its remainders, whose they are, as a mask `[1, H_kv, 1, entries]` of 0
+            and -inf, and the row's runs `[1, H_kv]`.
         owned: for every run which of all partial results are its own, `[runs, partial results]`, 0 or -inf.
     """
 
     block_owner: Tensor
-    rests: list[tuple[int, Tensor]]
+    rests: list[tuple[int, Tensor, Tensor]]
     owned: Tensor
-    _wide: dict[int, list[tuple[int, Tensor, Tensor]]] = field(default_factory=dict)
-
-    def rests_for(self, queries: int) -> list[tuple[int, Tensor, Tensor]]:
-        """The remainders for `queries` queries a head: first entry, mask `[1, 1, H_kv * queries, entries]` and the run
-        of every query `[1, 1, H_kv * queries]`. Those of the last number asked for are kept: decoding repeats it."""
-        if queries not in self._wide:
-            self._wide.clear()
-            wide = []
-            for row, (start, mask) in enumerate(self.rests):
-                owner = torch.arange(row * len(mask), (row + 1) * len(mask), device=mask.device)
-                spread = mask.repeat_interleave(queries, 0)[None, None]
-                wide.append((start, spread, owner.repeat_interleave(queries)[None, None]))
-            self._wide[queries] = wide
-        return self._wide[queries]
 
     def tensors(self) -> list[Tensor]:
         """Everything kept."""
-        wide = [tensor for rests in self._wide.values() for _, mask, owner in rests for tensor in (mask, owner)]
-        return [self.block_owner, self.owned, *(mask for _, mask in self.rests), *wide]
+        return [self.block_owner, self.owned, *(tensor for _, *tensors in self.rests for tensor in tensors)]
 
 
 def _count_up(counts: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs import CODECS, Codec, Payload
+from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layout import Layout
 from hf_kvcache.stores import Store
 
@@ -127,8 +128,11 @@ class Segment:
         held = first.codec.select(whole, chosen.to(first.device))
         return replace(first, held=first.store.put(held), layout=layout, seen=end - first.start)
 
-    def attend(self, query: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-        """Partial attention of query `[B, H_kv, M, D]`, the group folded into M, over all kept tokens.
+    def attend(
+        self, query: Tensor, scale: float, softcap: float, beside: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of query `[B, H_kv, M, D]`, the group folded into M, over all kept tokens, joined with the
+        partial result `beside`.
 
         Returns:
             out `[B, H_kv, M, D]` and lse `[B, H_kv, M]`; a row without tokens has out 0 and lse -inf.
@@ -139,7 +143,7 @@ class Segment:
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
         if self.rows == tuple(range(self.layout.rows)):
-            return self.layout.attend(attend_block, query)
+            return self.layout.attend(attend_block, query, beside)
         # the batch rows that read one stored row become further rows of its query
         stored = torch.tensor(self.rows, device=query.device)
         place = torch.tensor([self.rows[:row].count(source) for row, source in enumerate(self.rows)])
@@ -150,7 +154,8 @@ class Segment:
         out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3))
         spread = (readers, query.shape[2])
         out, lse = out.unflatten(2, spread), lse.unflatten(2, spread)
-        return out[stored, :, place], lse[stored, :, place]
+        out, lse = out[stored, :, place], lse[stored, :, place]
+        return (out, lse) if beside is None else merge_states(out, lse, *beside)
 
     def select_rows(self, rows: list[int]) -> Segment:
         """The segment whose batch row i is this one's row `rows[i]`; no entry is moved or copied."""

@@ -18,9 +18,9 @@ The means never meet the codes: q . mean is one number a query and owner, which 
 scale is positive when the mean was removed from it, and else not; its magnitude is the scale.
 
 Shapes: query `[R, H, M, D]` (rotated as the codes are), codes `[R*H*T, bytes]`, scales `[R*H*T]`, levels `[2^bits]`,
-bias `[R, H, M]` or None, mask boolean (True = attend), broadcastable to `[R, H, M, T]`, or None. Returns out
-`[R, H, M, D]` in the dtype of the query (of the codes' rotation still) and lse `[R, H, M]` in float32. A row without a
-key that it may attend to has out 0 and lse -inf.
+bias `[R, H, M]` or None, mask boolean (True = attend) or additive, broadcastable to `[R, H, M, T]`, or None. Returns
+out `[R, H, M, D]` in the dtype of the query (still rotated as the codes) and lse `[R, H, M]` in float32. A row without
+a key that it may attend to has out 0 and lse -inf.
 """
 
 from collections.abc import Iterator
@@ -170,7 +170,7 @@ def _attend(
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+        scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores.add_(mask)
     # a row without a key: exp(-inf - lowest) = 0 instead of exp(-inf + inf) = nan
     top = scores.amax(dim=2, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     weights = scores.sub_(top).exp_()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_kvcache.codecs import DenseCodec
+from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layout import Layout
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import DeviceStore, HostStore
@@ -67,10 +68,20 @@ def oracle(query, parts, rows, scale=0.3, softcap=0.0):
 
 def assert_attends(segment, parts, softcap=0.0):
     query = draw(len(segment.rows), HEADS, 3, DIM, seed=5)
-    out, lse = segment.attend(query, 0.3, softcap)
-    exact_out, exact_lse = oracle(query, parts, segment.rows, softcap=softcap)
-    torch.testing.assert_close(out.double(), exact_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-6)
+    exact = oracle(query, parts, segment.rows, softcap=softcap)
+    for actual, expected in zip(segment.attend(query, 0.3, softcap), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+    # joined with another partial result it is attention over the keys of both
+    extra = draw(len(segment.rows), HEADS, 2, DIM, seed=6)
+    beside = decode_attention(query, extra, extra, scale=0.3, softcap=softcap)
+    both = [
+        [tuple(torch.cat([tensor, extra[row, head]]) for tensor in parts[stored][head]) for head in range(HEADS)]
+        for row, stored in enumerate(segment.rows)
+    ]
+    exact = oracle(query, both, range(len(both)), softcap=softcap)
+    for actual, expected in zip(segment.attend(query, 0.3, softcap, beside), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 # sealing

@@ -1,63 +1,85 @@
-"""Attention over encoded entries in plain PyTorch: decode a few thousand entries, attend, forget them, merge.
+"""`ChunkedCodec`: attention over encoded entries in plain PyTorch, for codecs without a kernel of their own.
 
-For codecs without a kernel of their own. No dense copy of more than `ENTRIES` entries exists at a time.
+A few thousand entries are decoded, attended and forgotten at a time, and the partial results merged: no dense copy of
+more than `ENTRIES` entries exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.merge_states import merge_states
 
 ENTRIES = 4096
 
-Decode = Callable[[int, int], tuple[Tensor, Tensor]]
 
+class ChunkedCodec(ABC):
+    """A `Codec` that can decode any range of its entries.
 
-def attend_in_chunks(
-    decode: Decode,
-    start: int,
-    shape: tuple[int, int, int],
-    query: Tensor,
-    scale: float,
-    softcap: float,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`Codec.attend` for a codec that can decode any range of entries.
-
-    Args:
-        decode: from the first entry and the one after the last to key and value `[n, D]`.
-        start, shape, query, scale, softcap, mask: as for `Codec.attend`.
+    Attributes:
+        shared: names in the payload that do not count entries. `like` `[1]` has the dtype of what was encoded.
     """
-    rows, heads, tokens = shape
-    blocks = rows * heads
-    if mask is not None:
-        mask = mask.expand(*query.shape[:3], tokens).flatten(0, 1).unsqueeze(1)
-    folded = query.reshape(blocks, 1, *query.shape[2:])
-    together = max(1, ENTRIES // max(1, tokens))
-    outs, lses = [], []
-    for block in range(0, blocks, together):
-        some = slice(block, min(block + together, blocks))
-        count = some.stop - block
-        part = folded[some]
-        out, lse = torch.zeros_like(part), part.new_full(part.shape[:3], -torch.inf, dtype=torch.float32)
-        for token in range(0, tokens, ENTRIES):
-            size = min(ENTRIES, tokens - token)
-            first = start + block * tokens + token
-            key, value = (
-                decoded.to(query.dtype).view(count, 1, size, -1) for decoded in decode(first, first + count * size)
-            )
-            seen = None if mask is None else mask[some, ..., token : token + size]
-            new_out, new_lse = decode_attention(part, key, value, seen, scale=scale, softcap=softcap)
-            if seen is not None:
-                # a row that may attend to nothing here: the kernel averages over what is masked
-                blind = ~seen.any(-1)
-                new_out, new_lse = new_out.masked_fill(blind[..., None], 0), new_lse.masked_fill(blind, -torch.inf)
-            out, lse = merge_states(out, lse.to(new_lse.dtype), new_out, new_lse)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs).view(query.shape), torch.cat(lses).view(query.shape[:3])
+
+    shared: ClassVar[tuple[str, ...]] = ("like",)
+
+    @abstractmethod
+    def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Key and value `[last - first, D]` of the entries from `first` to before `last`."""
+
+    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.decode_range(payload, 0, next(len(payload[name]) for name in payload if name not in self.shared))
+
+    def attend(
+        self,
+        payload: Payload,
+        start: int,
+        shape: tuple[int, int, int],
+        query: Tensor,
+        scale: float,
+        softcap: float,
+        mask: Tensor | None = None,
+        owners: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        rows, heads, tokens = shape
+        folded, mask = one_reader(query, heads, tokens, mask)
+        blocks = rows * heads
+        folded = folded.reshape(blocks, 1, *folded.shape[2:])
+        if mask is not None:
+            mask = (mask if mask.dtype == torch.bool else mask == 0).flatten(0, 1).unsqueeze(1)
+        together = max(1, ENTRIES // max(1, tokens))
+        outs, lses = [], []
+        for block in range(0, blocks, together):
+            some = slice(block, min(block + together, blocks))
+            count = some.stop - block
+            part = folded[some]
+            out, lse = torch.zeros_like(part), part.new_full(part.shape[:3], -torch.inf, dtype=torch.float32)
+            for token in range(0, tokens, ENTRIES):
+                size = min(ENTRIES, tokens - token)
+                first = start + block * tokens + token
+                key, value = (
+                    decoded.to(query.dtype).view(count, 1, size, -1)
+                    for decoded in self.decode_range(payload, first, first + count * size)
+                )
+                seen = None if mask is None else mask[some, ..., token : token + size]
+                new_out, new_lse = decode_attention(part, key, value, seen, scale=scale, softcap=softcap)
+                if seen is not None:
+                    # a row that may attend to nothing here: the kernel averages over what is masked
+                    blind = ~seen.any(-1)
+                    new_out, new_lse = new_out.masked_fill(blind[..., None], 0), new_lse.masked_fill(blind, -torch.inf)
+                out, lse = merge_states(out, lse.to(new_lse.dtype), new_out, new_lse)
+            outs.append(out)
+            lses.append(lse)
+        return torch.cat(outs).view(query.shape), torch.cat(lses).view(query.shape[:3])
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        return select_entries(payload, index, shared=self.shared)
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        return join_entries(payloads, shared=self.shared)

@@ -68,12 +68,14 @@ class Codec(Protocol):
             payload: what `encode` returned.
             start: the first entry of the block.
             shape: (R, H, T): the block holds R rows x H heads of T tokens each.
-            query: `[R, H, M, D]`, the query group folded into the rows.
+            query: `[R, H, M, D]`, the query group folded into the rows; or, where H is 1, `[R, H', M, D]`: several
+                heads read the same tokens.
             scale: factor of the scores.
             softcap: tanh cap of the scores, 0 for none.
-            mask: boolean (True = attend), broadcastable to `[R, H, M, T]`; None when all are attended.
-            owners: `[R, H]`, the owner of each of the R x H parts; or `[R, H, M]`, of each query, where a part holds
-                entries of several owners and the mask shows every query its own.
+            mask: boolean (True = attend) or additive (0 and -inf), broadcastable to the query's `[R, H, M]` x T; None
+                when all are attended.
+            owners: `[R, H]` of the query: whose entries each head reads. A part that several heads read holds entries
+                of all of them, and the mask shows each its own.
 
         Returns:
             out `[R, H, M, D]` and lse `[R, H, M]`; a row that attends to nothing has out 0 and lse -inf.
@@ -95,6 +97,15 @@ class Codec(Protocol):
         """The entries of several payloads, one after the other: of one that was encoded first, and of others that were
         encoded like it."""
         ...
+
+
+def one_reader(query: Tensor, heads: int, tokens: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The query `[R, heads, M, D]` of `Codec.attend` and its mask `[R, heads, M, tokens]`, for a codec that reads every
+    part once: several heads that read the same part become further rows of one."""
+    folded = query.flatten(1, 2).unsqueeze(1) if query.shape[1] != heads else query
+    if mask is not None:
+        mask = mask.expand(*query.shape[:3], tokens).reshape(*folded.shape[:3], tokens)
+    return folded, mask
 
 
 def select_entries(

@@ -39,11 +39,11 @@ class DenseCodec:
         mask: Tensor | None = None,
         owners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        rows, heads, tokens = shape
-        key, value = (
-            payload[name][start : start + rows * heads * tokens].view(rows, heads, tokens, -1)
-            for name in ("key", "value")
-        )
+        (rows, heads, tokens), readers = shape, query.shape[1]
+        entries = slice(start, start + rows * heads * tokens)
+        key, value = (payload[name][entries].view(rows, heads, tokens, -1) for name in ("key", "value"))
+        if readers != heads:
+            key, value = key.expand(-1, readers, -1, -1), value.expand(-1, readers, -1, -1)
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:

@@ -7,7 +7,6 @@ The usual choice on new GPUs: half the bytes of bfloat16 at almost no loss, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,15 +14,15 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs.checks import check_finite
-from hf_kvcache.codecs.chunks import attend_in_chunks
-from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.chunks import ChunkedCodec
+from hf_kvcache.codecs.codec import Payload
 from hf_kvcache.codecs.scalar import as_stored, stored
 
 LARGEST = 448.0
 
 
 @dataclass(frozen=True)
-class Fp8Codec:
+class Fp8Codec(ChunkedCodec):
     """Keys and values in eight bits and a float16 scale an entry.
 
     Payload: `key_codes`, `value_codes` `[N, D]`, uint8, which every file format and device can hold; `key_scale`,
@@ -54,31 +53,7 @@ class Fp8Codec:
             payload[f"{name}_scale"] = stored(scale)
         return payload
 
-    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._decode(payload, 0, len(payload["key_codes"]))
-
-    def attend(
-        self,
-        payload: Payload,
-        start: int,
-        shape: tuple[int, int, int],
-        query: Tensor,
-        scale: float,
-        softcap: float,
-        mask: Tensor | None = None,
-        owners: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return attend_in_chunks(
-            lambda first, last: self._decode(payload, first, last), start, shape, query, scale, softcap, mask
-        )
-
-    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
-        return select_entries(payload, index, shared=("like",))
-
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=("like",))
-
-    def _decode(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
         key, value = (
             payload[f"{name}_codes"][first:last].view(torch.float8_e4m3fn).to(torch.float32)
             * payload[f"{name}_scale"][first:last].to(torch.float32)[:, None]

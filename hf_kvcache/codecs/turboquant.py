@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
 from hf_kvcache.codecs.codebooks import cubic
-from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.codecs.rotation import rotation
 from hf_kvcache.codecs.scalar import quantise, stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
@@ -118,16 +118,18 @@ class TurboQuantCodec:
         turned = self._rotation(query)
         exact = query.to(torch.float32)
         key_levels, value_levels = self._levels(query)
+        shift = self._shift(exact, payload["mean"], owners)
+        folded, mask = one_reader(exact @ turned, heads, tokens, mask)
         out, lse = code_attention(
-            exact @ turned,
+            folded,
             (payload["key_codes"][entries], payload["key_scale"][entries], key_levels),
             (payload["value_codes"][entries], payload["value_scale"][entries], value_levels),
-            self._shift(exact, payload["mean"], owners),
+            None if shift is None else shift.view(folded.shape[:3]),
             mask,
             scale=scale,
             softcap=softcap,
         )
-        return (out @ turned.T).to(query.dtype), lse
+        return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
@@ -141,8 +143,6 @@ class TurboQuantCodec:
             return None
         means = mean.to(torch.float32)
         means = means[:1, None] if owners is None else means[owners.clamp(max=len(means) - 1)]
-        if means.dim() == 4:
-            return torch.linalg.vecdot(query, means)
         return (query @ means.unsqueeze(3)).squeeze(3)
 
     def _rotation(self, like: Tensor) -> Tensor:

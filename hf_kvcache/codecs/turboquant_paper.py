@@ -21,7 +21,6 @@ Attention decodes a few thousand entries at a time; keys and values are rotated 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,9 +28,9 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
-from hf_kvcache.codecs.chunks import attend_in_chunks
+from hf_kvcache.codecs.chunks import ChunkedCodec
 from hf_kvcache.codecs.codebooks import lloyd_max
-from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.codec import Payload
 from hf_kvcache.codecs.rotation import rotation
 from hf_kvcache.codecs.scalar import stored
 from hf_kvcache.kernels.code_attention import levels_of, pack
@@ -43,7 +42,7 @@ VARIANTS = ("mse", "prod")
 
 
 @dataclass(frozen=True)
-class PaperTurboQuantCodec:
+class PaperTurboQuantCodec(ChunkedCodec):
     """Keys by the chosen variant, values by TurboQuant_mse.
 
     Payload, with x one of key and value and i the number of the instance (0 the outliers, 1 the others): `x_i_codes`,
@@ -59,6 +58,7 @@ class PaperTurboQuantCodec:
 
     name: ClassVar[str] = "turboquant-paper"
     lossy: ClassVar[bool] = True
+    shared: ClassVar[tuple[str, ...]] = ("like", "key_order", "value_order")
 
     key_bits: float = 4
     value_bits: float = 4
@@ -89,30 +89,6 @@ class PaperTurboQuantCodec:
             ):
                 payload |= {f"{name}_{number}_{what}": t for what, t in self._encode(part, width, name).items()}
         return payload
-
-    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._decode(payload, 0, len(payload["key_0_norm"]))
-
-    def attend(
-        self,
-        payload: Payload,
-        start: int,
-        shape: tuple[int, int, int],
-        query: Tensor,
-        scale: float,
-        softcap: float,
-        mask: Tensor | None = None,
-        owners: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return attend_in_chunks(
-            lambda first, last: self._decode(payload, first, last), start, shape, query, scale, softcap, mask
-        )
-
-    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
-        return select_entries(payload, index, shared=("like", "key_order", "value_order"))
-
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=("like", "key_order", "value_order"))
 
     def bits_per_element(self, dim: int) -> float:
         """The true bits a number of keys and values, norms included; the channels' order is counted apart."""
@@ -151,7 +127,7 @@ class PaperTurboQuantCodec:
         payload["codes"] = _pack_signs(codes) if width == 1 else pack(codes, width)
         return payload
 
-    def _decode(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
         decoded = []
         for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
             order = payload[f"{name}_order"].long()

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
-from hf_kvcache.codecs.chunks import attend_in_chunks
-from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
+from hf_kvcache.codecs.chunks import ChunkedCodec
+from hf_kvcache.codecs.codec import Payload, select_entries
 from hf_kvcache.codecs.scalar import as_stored, stored
 from hf_kvcache.kernels.code_attention import pack, unpack
 
@@ -27,7 +27,7 @@ AXES = ("channel", "token")
 
 
 @dataclass(frozen=True)
-class UniformCodec:
+class UniformCodec(ChunkedCodec):
     """Codes with a step and a zero for every group.
 
     Payload: `key_codes`, `value_codes` `[N, D * bits / 8]`; `value_step`, `value_zero` `[N, groups]`; of keys the same,
@@ -75,45 +75,27 @@ class UniformCodec:
             "like": key.new_zeros(1),
         }
 
-    def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._decode(payload, 0, len(payload["key_codes"]))
-
-    def attend(
-        self,
-        payload: Payload,
-        start: int,
-        shape: tuple[int, int, int],
-        query: Tensor,
-        scale: float,
-        softcap: float,
-        mask: Tensor | None = None,
-        owners: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return attend_in_chunks(
-            lambda first, last: self._decode(payload, first, last), start, shape, query, scale, softcap, mask
-        )
-
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         if self.key_axis == "token":
-            return select_entries(payload, index, shared=("like",))
+            return super().select(payload, index)
         groups = {"key_group": self._group_of(payload, index).to(torch.int32)}
         # the steps of groups that have lost all their entries stay: they are few, and numbers do not change
         return groups | select_entries(
             {name: tensor for name, tensor in payload.items() if name != "key_group"},
             index,
-            shared=("like", "key_step", "key_zero"),
+            shared=(*self.shared, "key_step", "key_zero"),
         )
 
     def join(self, payloads: Sequence[Payload]) -> Payload:
         if self.key_axis == "token":
-            return join_entries(payloads, shared=("like",))
+            return super().join(payloads)
         parts, groups = [], 0
         for payload in payloads:
             entries = torch.arange(len(payload["key_codes"]))
             parts.append(payload | {"key_group": (self._group_of(payload, entries) + groups).to(torch.int32)})
             groups += len(payload["key_step"])
         # steps and zeros count groups, and are joined like entries all the same
-        return join_entries(parts, shared=("like",))
+        return super().join(parts)
 
     def _by_token(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[N, D]`, steps and zeros `[N, groups]`."""
@@ -136,7 +118,7 @@ class UniformCodec:
         groups = payload.get("key_group")
         return entries.to(payload["key_codes"].device) // self.group_size if groups is None else groups[entries]
 
-    def _decode(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
         key, value = (
             unpack(payload[f"{name}_codes"][first:last], bits).to(torch.float32)
             for name, bits in (("key", self.key_bits), ("value", self.value_bits))

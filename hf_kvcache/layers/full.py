@@ -14,7 +14,6 @@ from hf_kvcache.attention import AttentionCall
 from hf_kvcache.codecs import Codec
 from hf_kvcache.eviction import EvictionPolicy, Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layers.common import entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.replay import Replay
@@ -179,10 +178,10 @@ class KVCacheLayer(CacheLayerMixin):
         query = call.folded_query(key.shape[1])
         group = query.shape[2] // call.length
         mask = call.folded_mask(group, self.tail.length)
-        out, lse = decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)
+        state = decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)
         for segment in self.segments:
-            out, lse = merge_states(*segment.attend(query, call.scale, call.softcap), out, lse)
-        return call.unfolded(out)
+            state = segment.attend(query, call.scale, call.softcap, state)
+        return call.unfolded(state[0])
 
     def _record(self, evictor: Evictor, call: AttentionCall) -> None:
         """Lets eviction see the queries, of the prompt and, when it goes on while decoding, those after it."""

@@ -75,6 +75,23 @@ def test_attending_is_attending_to_what_it_decodes_to(codec, softcap, masked, st
 
 
 @every_codec
+@pytest.mark.parametrize("additive", [False, True])
+def test_several_heads_may_read_the_same_entries(codec, additive):
+    key, value, owners = entries()
+    payload = codec.encode(key, value, owners)
+    # the last tokens of one owner and the first ones of the next, which begins at 96
+    some = slice(80, 80 + 48)
+    mask = (owners[some] == torch.arange(2)[:, None])[None, :, None]
+    shown = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf) if additive else mask
+    query = draw(1, 2, 3, 64, seed=5)
+    out, lse = codec.attend(payload, 80, (1, 1, 48), query, 0.1, 0.0, shown, torch.arange(2)[None])
+    dense = [tensor[some][None, None] for tensor in codec.decode(payload, owners)]
+    exact_out, exact_lse = oracle(query, *dense, 0.1, 0.0, mask)
+    torch.testing.assert_close(out.double(), exact_out, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@every_codec
 def test_selected_entries_are_the_same_entries(codec):
     key, value, owners = entries()
     payload = codec.encode(key, value, owners)
