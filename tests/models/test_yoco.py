@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_kvcache import KVSharer, SharingPlan, Yoco, new_cache, patch_model, report, unpatch_model
 from hf_kvcache.models import YocoConfig, YocoForCausalLM
@@ -267,6 +267,15 @@ def test_saved_and_loaded_by_the_auto_classes(kind, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is YocoForCausalLM and isinstance(AutoConfig.from_pretrained(tmp_path), YocoConfig)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_tied_weights_and_the_bare_decoder_are_loaded(tmp_path):
+    model, ids = model_of("retention", tie_word_embeddings=True), random_ids(length=12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state
+        assert torch.equal(found, model.model(ids).last_hidden_state)
 
 
 @torch.no_grad()
