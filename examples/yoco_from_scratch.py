@@ -20,8 +20,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from yoco_models import CONTROL, MODELS, build, count
 
-# a context of associative recall: that many pairs, a gap longer than the control can see, then all keys in random order
-PAIRS, KEYS, GAP, RECALL_WINDOW = 8, 24, 40, 8
+# a context of associative recall: that many pairs, a gap longer than the control can see, then queries
+PAIRS, KEYS, GAP, QUERIES, RECALL_WINDOW = 4, 16, 30, 12, 8
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ def recall_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.rand(size, KEYS, generator=generator).argsort(1)[:, :PAIRS] + 1
     values = torch.randint(KEYS + 1, 2 * KEYS + 1, (size, PAIRS), generator=generator)
-    asked = torch.rand(size, PAIRS, generator=generator).argsort(1)
+    asked = torch.randint(PAIRS, (size, QUERIES), generator=generator)
     pairs = torch.stack([keys, values], dim=2)
     queries = pairs.gather(1, asked.unsqueeze(2).expand(-1, -1, 2)).flatten(1)
     ids = torch.cat([pairs.flatten(1), torch.zeros(size, GAP, dtype=torch.long), queries], dim=1)
     labels = torch.full_like(ids, -100)
-    labels[:, -2 * PAIRS + 1 :: 2] = ids[:, -2 * PAIRS + 1 :: 2]
+    labels[:, -2 * QUERIES + 1 :: 2] = ids[:, -2 * QUERIES + 1 :: 2]
     return ids, labels
 
 

@@ -18,6 +18,7 @@ from hf_kvcache.methods import KVSharer, Method, Yoco, headkv
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.patches.early_exit import POSITIONS
 from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
 from hf_kvcache.sharing import SharingPlan
@@ -163,6 +164,8 @@ def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None 
     length = input_ids.shape[1]
     cache.expect(length)
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    # nobody asks for hidden states here, so that layers without KV of their own have next to nothing to do
+    few = {POSITIONS: 1} if cache.spec.sharing.early_exit else {}
     for start in range(0, length, chunk or length):
         end = min(start + (chunk or length), length)
         decoder(
@@ -171,6 +174,7 @@ def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None 
             position_ids=None if positions is None else positions[:, start:end],
             past_key_values=cache,
             use_cache=True,
+            **few,
         )
     return cache
 

@@ -206,6 +206,28 @@ def causal_mask(length: int, tokens: int, device: torch.device) -> Tensor:
     return ones.tril(tokens - length)[None, None]
 
 
+def attend_windows(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, window: int
+) -> Tensor:
+    """Sliding-window attention in time and memory linear in the length: block by block of queries, each over its keys.
+
+    Args:
+        attend: attention of a block of queries over some keys and values, with a boolean mask; returns `[B, L, H, D]`.
+        query: `[B, H_q, L, D]`, the last L of the tokens of key and value `[B, H_kv, T, D]`. No padding.
+        window: tokens that a query sees, itself included.
+    """
+    length, tokens = query.shape[2], key.shape[2]
+    parts = []
+    for start in range(0, length, window):
+        end = min(start + window, length)
+        first, last = max(tokens - length + start - window + 1, 0), tokens - length + end
+        ones = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
+        distance = last - first - (end - start)
+        mask = ones.tril(distance).triu(distance - window + 1)[None, None]
+        parts.append(attend(query[:, :, start:end], key[:, :, first:last], value[:, :, first:last], mask))
+    return torch.cat(parts, dim=1)
+
+
 def _base_function(base: str, module, mask: Tensor | None, query: Tensor, key: Tensor, softcap: float):
     """The attention to run for `base`, and the mask in the form that it takes."""
     length, tokens = query.shape[2], key.shape[2]

@@ -240,6 +240,12 @@ def arithmetic(name: str) -> str:
     layers, dim = config.num_hidden_layers, getattr(config, "head_dim", None)
     dim = dim or config.hidden_size // config.num_attention_heads
     full = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * dim * 2 * layers
+    if not hasattr(config, "kv_bytes_per_token") and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise NotImplementedError(
+            f"{config.model_type} has layers with windows; load it and measure with report(cache)"
+        )
     own, state = getattr(config, "kv_bytes_per_token", full), getattr(config, "state_bytes", 0)
     lines = [
         f"{config.model_type}: {layers} layers, 16 bit",

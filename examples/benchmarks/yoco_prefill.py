@@ -82,21 +82,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=ARMS[1:], default=ARMS[1:], help="beside the Transformer")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child[0], int(options.child[1]))
         return
-    models = {arm: model_of(arm) for arm in ARMS}
+    models = {arm: model_of(arm) for arm in (ARMS[0], *options.models)}
     for length in options.lengths:
         ids = ids_of(length)
-        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        times: dict[str, list[float]] = {arm: [] for arm in models}
         held: dict[str, int] = {}
         for _ in range(options.repetitions):
             for arm, model in models.items():
                 taken, held[arm] = prefill(model, ids)
                 times[arm].append(taken)
-        peaks = {arm: peak(arm, length) for arm in ARMS}
+        peaks = {arm: peak(arm, length) for arm in models}
         for arm, model in models.items():
             ratios = [full / own for full, own in zip(times["transformer"], times[arm], strict=True)]
             add_results(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_kvcache.attention import AttentionCall
+from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import Witness, entry_of, last_tokens, removed_by
 
@@ -80,7 +81,15 @@ class SlidingLayer(CacheLayerMixin):
         assert self._visible is not None
         key, value = self._visible
         call = call.to(key.device)
-        if call.length > 1:
+        if call.mask is None and 1 < self.sliding_window < call.length:
+            out = attend_windows(
+                lambda query, key, value, mask: replace(call, query=query, mask=mask).dense(key, value),
+                call.query,
+                key,
+                value,
+                self.sliding_window,
+            )
+        elif call.length > 1:
             out = call.dense(key, value)
         else:
             query = call.folded_query(key.shape[1])

@@ -9,10 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_kvcache.models  # noqa: F401 - registers the class of saved models
-from hf_kvcache import KVSharer, Yoco, YocoPlusPlus, convert, new_cache, patch_model, report, unpatch_model
+from hf_kvcache import KVSharer, Yoco, YocoPlusPlus, compress, convert, new_cache, patch_model, report, unpatch_model
 from hf_kvcache.resolve import resolve, split_names
 from hf_kvcache.sharing import SharingPlan
-from hf_kvcache.testing import FAMILIES, greedy, left_pad, live_bytes, model_state, random_ids, tiny_model
+from hf_kvcache.testing import (
+    FAMILIES,
+    greedy,
+    greedy_by_forward,
+    left_pad,
+    live_bytes,
+    model_state,
+    random_ids,
+    tiny_model,
+)
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 # deep enough that layers of both kinds have something to add
@@ -90,6 +99,23 @@ def test_upper_layers_run_for_one_position():
     assert seen == {0: 30, 1: 30, 2: 30, 3: 1}
     logits(model, random_ids(length=30))
     assert seen == dict.fromkeys(range(4), 30)
+
+
+def test_compressing_a_context_skips_the_upper_layers():
+    model, ids, seen = shake(patched()), random_ids(length=20), []
+    model.model.layers[3].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    cache = compress(model, ids)
+    assert seen == [1]
+    assert torch.equal(
+        greedy_by_forward(model, ids[:, -1:], cache=cache),
+        greedy_by_forward(model, ids[:, -1:], cache=whole(model, ids)),
+    )
+
+
+def whole(model, ids):
+    """The cache after a forward over all positions."""
+    with torch.no_grad():
+        return model(ids).past_key_values
 
 
 @pytest.mark.parametrize("method", ["yoco", "yoco++"])

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_kvcache import KVSharer, SharingPlan, Yoco, new_cache, patch_model, report, unpatch_model
 from hf_kvcache.models import YocoConfig, YocoForCausalLM
@@ -97,6 +97,20 @@ def test_eager_is_sdpa(kind):
     other.set_attn_implementation("eager")
     close(logits(other, ids, use_cache=False), logits(model, ids, use_cache=False))
     assert torch.equal(greedy(other, ids), greedy(model, ids))
+
+
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+def test_windows_by_blocks_are_those_of_the_mask(method):
+    model = patched_or_not("window", method)
+    eager = model_of("window")
+    eager.set_attn_implementation("eager")
+    for length in (8, 9, 16, 17, 37):
+        ids = random_ids(batch=2, length=length)
+        for kwargs in ({}, {"use_cache": False}):
+            close(logits(model, ids, **kwargs), logits(eager, ids, use_cache=False))
+        # a second chunk longer than the window, after a first one
+        chunks = greedy(model, ids, tokens=4, prefill_chunk_size=11)
+        assert torch.equal(chunks, greedy(eager, ids, tokens=4))
 
 
 # early exit
@@ -253,6 +267,15 @@ def test_saved_and_loaded_by_the_auto_classes(kind, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is YocoForCausalLM and isinstance(AutoConfig.from_pretrained(tmp_path), YocoConfig)
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_tied_weights_and_the_bare_decoder_are_loaded(tmp_path):
+    model, ids = model_of("retention", tie_word_embeddings=True), random_ids(length=12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state
+        assert torch.equal(found, model.model(ids).last_hidden_state)
 
 
 @torch.no_grad()

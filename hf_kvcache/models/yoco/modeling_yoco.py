@@ -15,6 +15,7 @@ Different from it: RoPE has transformers' frequencies and layout.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_kvcache.attention import attend_windows
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
 
@@ -133,18 +135,22 @@ class YocoAttention(nn.Module):
                 key, value = past_key_values.update(key, value, self.layer_idx)
         else:
             query = apply_rotary_pos_emb(query, query[:, :1], *position_embeddings)[0]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        out, weights = attend(
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = partial(
+            function,
             self,
-            query,
-            key,
-            value,
-            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        window = self.sliding_window
+        # a layer of our cache stands for key and value, and does the same by itself
+        if window and _by_blocks(self.config, attention_mask, query.shape[2], window) and isinstance(key, Tensor):
+            out = attend_windows(lambda *block: attend(*block)[0], query, key, value, window)
+            weights = None
+        else:
+            out, weights = attend(query, key, value, attention_mask)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
@@ -276,6 +282,8 @@ class YocoModel(YocoPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and attention_mask.dim() == 2 and bool(attention_mask.all()):
+            attention_mask = None
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
         if position_ids is None:
@@ -288,7 +296,9 @@ class YocoModel(YocoPreTrainedModel):
             "position_ids": position_ids,
         }
         masks = {"full": create_causal_mask(**arguments)}
-        if self.config.self_decoder == "window":
+        if _by_blocks(self.config, attention_mask, length, self.config.sliding_window):
+            masks["below"] = None
+        elif self.config.self_decoder == "window":
             masks["below"] = create_sliding_window_causal_mask(**arguments)
         else:
             masks["token"] = _token_mask(attention_mask, length)
@@ -315,6 +325,16 @@ class YocoModel(YocoPreTrainedModel):
         for layer in self.layers[below:]:
             hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _by_blocks(config: YocoConfig, mask: Tensor | None, length: int, window: int | None) -> bool:
+    """Whether a window is short enough to be attended block by block, without a mask of the whole length.
+
+    Padding needs that mask, eager attention takes another kind, and Flash has windows of its own.
+    """
+    if window is None or length <= window or not (mask is None or (mask.dim() == 2 and bool(mask.all()))):
+        return False
+    return config._attn_implementation in ("sdpa", "hf_kvcache")
 
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
