@@ -43,8 +43,8 @@ from hf_kvcache.sequential.residual import Residual
 PREFIX, SCORED, PAGE = 1024, 160, 256
 ROOT = "0" * 64
 # rounding steps in deviations of a channel
-STEPS = (0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 1.8)
-PLAIN_STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+PLAIN_STEPS = (0.18, 0.25, 0.35, 0.5)
 
 
 def texts() -> dict[str, str]:

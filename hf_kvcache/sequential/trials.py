@@ -38,9 +38,9 @@ def random_page(seed: int = 0, tokens: int = 8, start: int = 0, geometry: Geomet
     return Page(ids, start, *geometry.split(flat, tokens))
 
 
-def chain(count: int, seed: int = 0, tokens: int = 8) -> list[Page]:
-    """Pages that follow each other, of different sessions for different seeds."""
-    return [random_page(1000 * seed + index, tokens, index * tokens) for index in range(count)]
+def chain(count: int, seed: int = 0, tokens: int = 8, behind: int = 0) -> list[Page]:
+    """Pages that follow each other and so many others, of different sessions for different seeds."""
+    return [random_page(1000 * seed + index, tokens, (behind + index) * tokens) for index in range(count)]
 
 
 def put_chain(store: PrefixStore, pages: Sequence[Page], **known) -> list[str | None]:

@@ -65,7 +65,7 @@ def test_a_fork_shares_pages_and_the_beginning_of_one(store):
 @pytest.mark.parametrize("sessions", [1, 5, 20])
 def test_shared_pages_are_stored_once(store, sessions):
     """Bytes = shared once + each session's own: the formula and the folder agree to a percent."""
-    shared, own = chain(10), [chain(3, seed) for seed in range(1, sessions + 1)]
+    shared, own = chain(10), [chain(3, seed, behind=10) for seed in range(1, sessions + 1)]
     parents = put_chain(store, shared)
     one = sum(entry.size for entry in store.entries())
     for pages in own:
