@@ -81,9 +81,8 @@ def main() -> None:
         print(f"    {question} {tokenizer.decode(reply[0])!r}")
     store.flush()
     held = sum(len(entry.ids) for entry in store.entries())
-    print(
-        f"{store.backend.total():,} bytes in {options.store}: {held} tokens for {prompts} read, factor {prompts / held:.1f}"
-    )
+    print(f"{store.backend.total():,} bytes in {options.store}: {held} tokens where {prompts} were read")
+    print(f"every token is stored once, which saves a factor of {prompts / held:.1f}")
     store.close()
 
 

@@ -5,7 +5,7 @@
 
 The prompt is a prefix of so many tokens of a manual and a question of 32. `prefill` reads all of it; `lossless` and
 `residual` adopt the prefix from pages in a folder and read the question; `raw` loads the prefix as one safetensors file
-(`KVCache.save`) and reads the question. Files are warm in the system's cache. `speedup` is prefill / the way in question.
+(`KVCache.save`) and reads the question. Files are warm in the system's cache. `speedup` is against prefill.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def first_token(model: Any, ids: Tensor, cache: Any = None) -> tuple[float, int]
 def loaded(model: Any, ids: Tensor, path: Path) -> tuple[float, int]:
     began = time.perf_counter()
     cache = load_cache(model, path)
-    seconds, token = first_token(model, ids, cache)
+    _, token = first_token(model, ids, cache)
     return time.perf_counter() - began, token
 
 
