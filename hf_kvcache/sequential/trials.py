@@ -167,7 +167,7 @@ def compete(url: str, seed: int, seconds: float, done: Connection, sessions: int
     done.send({**counts, "written": store.counts.written_pages, "failures": store.counts.failures})
 
 
-def competitors(url: str, processes: int, seconds: float, patience: float = 120) -> dict[str, int]:
+def competitors(url: str, processes: int, seconds: float, patience: float = 600) -> dict[str, int]:
     """Runs `compete` in several processes at once; the sums of what they count, and how many `ended`."""
     running = []
     for seed in range(processes):
