@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from common import windows, write_results
-from sequential_rate import read_prompt, texts
+from sequential_rate import cache_of, read_prompt, texts
 from torch import Tensor
 
-from hf_kvcache import Sequential, compress, load_cache, patch_model
+from hf_kvcache import Sequential, load_cache, patch_model
 from hf_kvcache.fingerprint import weights_digest
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.real_models import REAL_MODELS
@@ -53,7 +53,7 @@ def prepare(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
         ids = prompt(tokenizer, length)[:, :length]
         patch_model(model, None)
         pages, context = read_prompt(model, ids)
-        compress(model, ids).save(folder / f"{length}.safetensors")
+        cache_of(model, pages).save(folder / f"{length}.safetensors")
         for name, codec in codecs(basis, quality, basis.fingerprint).items():
             store = PrefixStore(folder / name)
             patch_model(model, Sequential(store=store, codec=codec))

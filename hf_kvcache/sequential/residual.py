@@ -37,7 +37,8 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components are rounded to 1/quality of a channel's deviation.
+        quality: components are rounded to 1/quality of the deviation of a layer's channels; without a basis, of the
+            channel's own.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
@@ -46,7 +47,7 @@ class Residual:
     name: ClassVar[str] = "residual"
     restores: ClassVar[bool] = True
 
-    quality: float = 1.5
+    quality: float = 3.0
     basis: Basis | None = None
     full: int = 256
     sinks: int = SINKS

@@ -54,12 +54,12 @@ def basis_of(pages):
     parts = []
     for kind in range(2):
         for members in groups(GEOMETRY):
-            moments = Moments(sum(GEOMETRY.heads[m] * GEOMETRY.dims[m] for m in members))
+            moments = Moments(sum(GEOMETRY.widths(members)))
             for page in pages:
                 positions = torch.arange(page.start, page.start + len(page))
                 keys = [turned(place, key, positions, True) for place, key in enumerate(page.keys)]
                 moments.add(gather((keys, page.values)[kind], members))
-            parts.append(moments.part(kind, members))
+            parts.append(moments.part(kind, members, GEOMETRY.widths(members)))
     return Basis("model-weights", GEOMETRY, tuple(parts), digest_of(parts))
 
 
