@@ -26,13 +26,16 @@ LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 class WeightsMemo:
-    """The digest of a decoder's weights, computed again when they may have changed."""
+    """The digest of a decoder's weights, computed again when they may have changed; "" where it cannot be had."""
 
     def __init__(self) -> None:
         self._state: tuple | None = None
         self._digest = ""
 
     def of(self, decoder: nn.Module) -> str:
+        if any(tensor.device.type == "meta" for tensor in decoder.parameters()):
+            # weights that are elsewhere cannot be told from others
+            return ""
         state = weights_state(decoder)
         if state != self._state:
             self._state, self._digest = state, weights_digest(decoder)
@@ -51,7 +54,11 @@ def adopt_prefix(
     if ids is None or not _plain(decoder, ids.device) or not _in_order(positions, mask, cache, ids.shape[1]):
         session.stop()
         return
-    facts = model_facts(decoder, cache, adapter, memo.of(decoder))
+    weights = memo.of(decoder)
+    if not weights:
+        session.stop()
+        return
+    facts = model_facts(decoder, cache, adapter, weights)
     producers = cache.producers
     adopted = session.before(ids, mask, facts, list(producers.values()))
     for name in BY_TOKEN:

@@ -43,8 +43,8 @@ from hf_kvcache.sequential.residual import Residual
 PREFIX, SCORED, PAGE = 1024, 160, 256
 ROOT = "0" * 64
 # rounding steps in deviations of a channel
-STEPS = (0.35, 0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 1.8)
-PLAIN_STEPS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.4)
+STEPS = (0.25, 0.35, 0.5, 0.7, 1.0)
+PLAIN_STEPS = (0.18, 0.25, 0.35, 0.5)
 
 
 def texts() -> dict[str, str]:
@@ -150,6 +150,7 @@ def published(full: int) -> list[dict[str, Any]]:
         for row in csv.DictReader(file):
             if row["domain"] == "mean" and row["method"] in {
                 *(f"turboquant {bits}" for bits in (4, 3, 2)),
+                *(f"paper mse {bits}" for bits in (4, 3, 2)),
                 *(f"uniform channel {bits}" for bits in (4, 3, 2)),
             }:
                 size = float(row["kv_bytes_of_full"]) * full
@@ -197,13 +198,17 @@ def main() -> None:
         rows += published(4 * basis.geometry.numbers * PREFIX)
     full = 2 * basis.geometry.numbers * PREFIX
     goals = []
-    for bits in (4, 3):
-        target = next((row for row in rows if row["codec"] == f"turboquant {bits}"), None)
+    for rival in ("turboquant 4", "turboquant 3", "paper mse 4", "paper mse 3", "uniform channel 4"):
+        target = next((row for row in rows if row["codec"] == rival), None)
         for prefix in ("residual step ", "residual uncalibrated step "):
             size = None if target is None else bytes_at(rows, prefix, target["kl"])
             if size is not None:
                 goals.append(
-                    {"codec": f"{prefix}at the KL of turboquant {bits}", "windows": options.windows, "domain": "mean"}
+                    {
+                        "codec": f"{prefix.removesuffix(' step ')} at the KL of {rival}",
+                        "windows": options.windows,
+                        "domain": "mean",
+                    }
                     | {"kl": target["kl"], "loss_increase": None, "top1": None, "bytes": size, "ratio": full / size}
                 )
     write_results(name, [{**row, "basis_bytes": basis.nbytes} for row in rows + goals])

@@ -103,7 +103,7 @@ def dedup(folder: Path) -> dict[str, Any]:
     for seed in range(1, sessions + 1):
         put_chain(store, chain(shared))
         parent = last
-        for following in chain(own, seed):
+        for following in chain(own, seed, behind=shared):
             parent = store.put(following, parent, CODECS["lossless"], CONTEXT)
     measured = sum(path.stat().st_size for path in folder.glob("pages/*/*"))
     formula = page * (shared + sessions * own)

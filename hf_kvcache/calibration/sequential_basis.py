@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,12 @@ class Moments:
         self.first += channels.sum(0, dtype=torch.float64)
         self.second.addmm_(channels.T, channels)
 
-    def part(self, kind: int, members: tuple[int, ...]) -> Part:
-        """The principal components of the channels, each scaled to a deviation of one."""
+    def part(self, kind: int, members: tuple[int, ...], widths: Sequence[int]) -> Part:
+        """The principal components of the channels, those of each of the members scaled to a mean square of one."""
         mean = self.first / self.count
         covariance = self.second.double() / self.count - mean[:, None] * mean
-        scale = covariance.diagonal().clamp_min(1e-12).sqrt()
+        sizes = [block.mean().clamp_min(1e-12).sqrt() for block in covariance.diagonal().split(list(widths))]
+        scale = torch.cat([size.expand(width) for size, width in zip(sizes, widths, strict=True)])
         values, vectors = torch.linalg.eigh(covariance / (scale[:, None] * scale))
         order = values.argsort(descending=True)
         deviation = values[order].clamp_min(0).sqrt()
@@ -95,7 +97,9 @@ def _fit(model: nn.Module, ids: Tensor, channels: int) -> Basis:
                     part = gather(tensors, members)
                     moments.setdefault((kind, members), Moments(part.shape[1])).add(part)
             step()
-    parts = tuple(found.part(kind, members) for (kind, members), found in moments.items())
+    parts = tuple(
+        found.part(kind, members, facts.geometry.widths(members)) for (kind, members), found in moments.items()
+    )
     return Basis(attachment.spec.fingerprint, facts.geometry, parts, digest_of(parts))
 
 

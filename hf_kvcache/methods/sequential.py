@@ -31,7 +31,7 @@ class Sequential(Method):
         store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
         codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
             or a page codec of your own.
-        quality: of `residual`: numbers are rounded to 1/quality of their channel's deviation.
+        quality: of `residual`: the higher, the finer the step (see `sequential.residual`); None for its default.
         basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
     """
 

@@ -1,8 +1,8 @@
 """`Basis`: how keys and values are turned into few large and many small numbers, by one calibration a model.
 
 Keys without RoPE and values hang together across layers and heads. Layers are taken in groups; in each, keys and values
-apart, the mean is subtracted, every channel divided by its deviation, and the vector of all channels turned by an
-orthonormal matrix (principal components), largest first.
+apart, the mean is subtracted, the channels of each layer divided by their deviation, and the vector of all channels
+turned by an orthonormal matrix (principal components), largest first.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Basis:
 
 def groups(geometry: Geometry, channels: int = CHANNELS) -> list[tuple[int, ...]]:
     """Producers in consecutive groups of at most so many channels, as even as they go."""
-    widths = [heads * dim for heads, dim in zip(geometry.heads, geometry.dims, strict=True)]
+    widths = geometry.widths(range(len(geometry.producers)))
     count = -(-sum(widths) // channels)
     result: list[list[int]] = [[]]
     target, filled = sum(widths) / count, 0
@@ -126,8 +126,7 @@ def gather(tensors: Sequence[Tensor], members: Sequence[int]) -> Tensor:
 
 def scatter(channels: Tensor, members: Sequence[int], geometry: Geometry) -> dict[int, Tensor]:
     """The inverse of `gather`: by producer `[H, n, D]`."""
-    widths = [geometry.heads[member] * geometry.dims[member] for member in members]
-    pieces = channels.split(widths, dim=1)
+    pieces = channels.split(geometry.widths(members), dim=1)
     return {
         member: piece.view(len(piece), geometry.heads[member], geometry.dims[member]).transpose(0, 1)
         for member, piece in zip(members, pieces, strict=True)

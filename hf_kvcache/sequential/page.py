@@ -37,6 +37,10 @@ class Geometry:
         """Numbers a token, keys and values together."""
         return 2 * sum(heads * dim for heads, dim in zip(self.heads, self.dims, strict=True))
 
+    def widths(self, members: Sequence[int]) -> list[int]:
+        """Channels of some producers, counted from 0: heads x dimension of each."""
+        return [self.heads[member] * self.dims[member] for member in members]
+
     @property
     def token_bytes(self) -> int:
         """Bytes a token as the model holds it."""

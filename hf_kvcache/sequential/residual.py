@@ -14,7 +14,6 @@ channels themselves are the components, with mean and deviation of the page. The
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,6 +28,8 @@ from hf_kvcache.sequential.packing import PageError, join_planes, split_planes
 from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
 
 SINKS = 4
+# the finest quality, and one over the coarsest
+MOST = 1e6
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components are rounded to 1/quality of a channel's deviation.
+        quality: components are rounded to 1/quality of the deviation of a layer's channels; without a basis, of the
+            channel's own.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
@@ -45,14 +47,14 @@ class Residual:
     name: ClassVar[str] = "residual"
     restores: ClassVar[bool] = True
 
-    quality: float = 1.5
+    quality: float = 3.0
     basis: Basis | None = None
     full: int = 256
     sinks: int = SINKS
 
     def __post_init__(self):
-        if not 0 < self.quality < math.inf:
-            raise ValueError(f"quality must be a positive number, got {self.quality!r}")
+        if not 1 / MOST <= self.quality <= MOST:
+            raise ValueError(f"quality must be a positive number from {1 / MOST:g} to {MOST:g}, got {self.quality!r}")
 
     @property
     def identity(self) -> str:
@@ -81,7 +83,7 @@ class Residual:
         keys, values = _from_half(coded.sections, geometry, plain)
         if plain < len(ids):
             quality = facts.get("quality")
-            if not isinstance(quality, (float, int)) or not 0 < quality < math.inf:
+            if not isinstance(quality, (float, int)) or not 1 / MOST <= quality <= MOST:
                 raise PageError("a page must say the quality it was coded with")
             if facts.get("basis") != ("" if self.basis is None else self.basis.digest):
                 raise PageError(f"the page was coded with the basis {str(facts.get('basis'))[:20]!r}, not with ours")

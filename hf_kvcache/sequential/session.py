@@ -30,6 +30,8 @@ from hf_kvcache.sequential.identity import Identity
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
 from hf_kvcache.sequential.store import Match, PrefixStore
 
+# by producer, (first column, key, value) of what was adopted or computed
+Pieces = dict[int, list[tuple[int, Tensor, Tensor]]]
 # a tail is worth a file of its own from this part of a page on
 SHORTEST_TAIL = 16
 
@@ -105,8 +107,7 @@ class PromptSession:
         self._began = 0.0
         self._computed = 0
         self._spent = 0.0
-        # by producer, (first column, key, value) of what was adopted or computed
-        self._pieces: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+        self._pieces: Pieces = {}
 
     def before(self, ids: Tensor, mask: Tensor | None, facts: ModelFacts, layers: Sequence[AdoptingLayer]) -> int:
         """Looks up the tokens of a forward and has the layers adopt what is there.
@@ -287,33 +288,29 @@ class PromptSession:
                 if match.length == size:
                     parent = match.key
             start = sum(size for match in row.matches if match.length == size)
-            task = partial(
-                _write,
-                self.store,
-                self.codec,
-                self._context,
-                parent,
-                seconds,
-                self.identity.fingerprint,
-                [self._page(number, row, at) for at in range(start, len(row.ids), size)],
-            )
+            # put together in the background, from what the forward left
+            pages = [
+                partial(_page, self._pieces, self.facts.geometry, number, row, at, size)
+                for at in range(start, len(row.ids), size)
+            ]
+            task = partial(_write, self.store, self.codec, self._context, parent, seconds, self.identity, pages)
             self.store.submit(task, (len(row.ids) - start) * self.facts.geometry.token_bytes)
 
-    def _page(self, number: int, row: Row, start: int) -> Page:
-        """The page of a row's tokens from `start` on, in the memory of the host."""
-        assert self.facts is not None
-        end = min(start + self.store.page_size, len(row.ids))
-        keys, values = [], []
-        for producer in self.facts.geometry.producers:
-            parts = [
-                (key[number, :, skip:stop], value[number, :, skip:stop])
-                for first, key, value in self._pieces[producer]
-                for skip, stop in [(max(row.padding + start - first, 0), row.padding + end - first)]
-                if skip < min(stop, key.shape[2])
-            ]
-            keys.append(torch.cat([key.cpu() for key, _ in parts], dim=1))
-            values.append(torch.cat([value.cpu() for _, value in parts], dim=1))
-        return Page(row.ids[start:end], start, keys, values)
+
+def _page(pieces: Pieces, geometry: Geometry, number: int, row: Row, start: int, size: int) -> Page:
+    """The page of a row's tokens from `start` on, in the memory of the host."""
+    end = min(start + size, len(row.ids))
+    keys, values = [], []
+    for producer in geometry.producers:
+        parts = [
+            (key[number, :, skip:stop], value[number, :, skip:stop])
+            for first, key, value in pieces[producer]
+            for skip, stop in [(max(row.padding + start - first, 0), row.padding + end - first)]
+            if skip < min(stop, key.shape[2])
+        ]
+        keys.append(torch.cat([key.cpu() for key, _ in parts], dim=1))
+        values.append(torch.cat([value.cpu() for _, value in parts], dim=1))
+    return Page(row.ids[start:end], start, keys, values)
 
 
 def _write(
@@ -322,14 +319,15 @@ def _write(
     context: Context,
     parent: str,
     seconds: float,
-    model: str,
-    pages: list[Page],
+    identity: Identity,
+    pages: Sequence[Callable[[], Page]],
 ) -> None:
     """Stores pages that follow each other."""
-    for page in pages:
+    for make in pages:
+        page = make()
         if len(page) * SHORTEST_TAIL < store.page_size:
             return
-        key = store.put(page, parent, codec, context, seconds=seconds * len(page), model=model)
+        key = store.put(page, parent, codec, context, seconds=seconds * len(page), model=identity.fingerprint)
         if key is None:
             return
         parent = key

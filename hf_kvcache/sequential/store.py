@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ class PrefixStore:
         """Counts pages of which a run has taken over so many tokens, those of all rows together."""
         self.counts.adopted_pages += len(matches)
         self.counts.adopted_tokens += tokens
-        with self._surviving("counted"):
-            self.backend.used((match.key, match.parent) for match in matches)
+        self._writer.submit(partial(self._count, [(match.key, match.parent) for match in matches]), 0)
 
     def put(self, page: Page, parent: str, codec: PageCodec, context: Context, **known: Any) -> str | None:
         """Stores a page unless it is there; returns its key once it is safe, None when it could not be stored.
@@ -313,6 +313,10 @@ class PrefixStore:
         except self.backend.failures as error:
             self.counts.failures += 1
             self._say(verb, f"pages cannot be {verb} ({type(error).__name__}: {error}); generation goes on without")
+
+    def _count(self, keys: list[tuple[str, str]]) -> None:
+        with self._surviving("counted"):
+            self.backend.used(keys)
 
     def _failed(self, error: Exception) -> None:
         self.counts.failures += 1

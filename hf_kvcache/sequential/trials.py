@@ -38,9 +38,9 @@ def random_page(seed: int = 0, tokens: int = 8, start: int = 0, geometry: Geomet
     return Page(ids, start, *geometry.split(flat, tokens))
 
 
-def chain(count: int, seed: int = 0, tokens: int = 8) -> list[Page]:
-    """Pages that follow each other, of different sessions for different seeds."""
-    return [random_page(1000 * seed + index, tokens, index * tokens) for index in range(count)]
+def chain(count: int, seed: int = 0, tokens: int = 8, behind: int = 0) -> list[Page]:
+    """Pages that follow each other and so many others, of different sessions for different seeds."""
+    return [random_page(1000 * seed + index, tokens, (behind + index) * tokens) for index in range(count)]
 
 
 def put_chain(store: PrefixStore, pages: Sequence[Page], **known) -> list[str | None]:
@@ -167,7 +167,7 @@ def compete(url: str, seed: int, seconds: float, done: Connection, sessions: int
     done.send({**counts, "written": store.counts.written_pages, "failures": store.counts.failures})
 
 
-def competitors(url: str, processes: int, seconds: float, patience: float = 120) -> dict[str, int]:
+def competitors(url: str, processes: int, seconds: float, patience: float = 600) -> dict[str, int]:
     """Runs `compete` in several processes at once; the sums of what they count, and how many `ended`."""
     running = []
     for seed in range(processes):

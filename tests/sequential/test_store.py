@@ -65,7 +65,7 @@ def test_a_fork_shares_pages_and_the_beginning_of_one(store):
 @pytest.mark.parametrize("sessions", [1, 5, 20])
 def test_shared_pages_are_stored_once(store, sessions):
     """Bytes = shared once + each session's own: the formula and the folder agree to a percent."""
-    shared, own = chain(10), [chain(3, seed) for seed in range(1, sessions + 1)]
+    shared, own = chain(10), [chain(3, seed, behind=10) for seed in range(1, sessions + 1)]
     parents = put_chain(store, shared)
     one = sum(entry.size for entry in store.entries())
     for pages in own:
@@ -185,6 +185,7 @@ def test_a_folder_that_cannot_be_written_is_read(tmp_path, monkeypatch):
         for seed in (5, 6):
             assert store.put(random_page(seed), IDENTITY.root, CODECS["lossless"], CONTEXT) is None
         store.adopted(store.match(IDENTITY, ids_of(pages)), 16)
+        store.flush()
     assert sorted("Read-only" in str(w.message) or "readonly" in str(w.message) for w in said) == [True, True]
 
 
@@ -227,6 +228,7 @@ def test_a_limit_keeps_what_is_worth_most(tmp_path):
     put_chain(store, shared, seconds=10.0)
     for _ in range(3):
         store.adopted(store.match(IDENTITY, ids_of(shared)), 24)
+        store.flush()
     for seed in range(1, 9):
         put_chain(store, chain(1, seed), seconds=1.0)
         assert store.backend.total() <= store.limit_bytes

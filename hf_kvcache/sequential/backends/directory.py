@@ -88,7 +88,7 @@ class Directory:
             return None
 
     def contains(self, key: str, parent: str) -> bool:
-        return self._place(key).exists()
+        return self._place(key).is_file()
 
     def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
         rows = self._run(
