@@ -6,6 +6,7 @@ python examples/benchmarks/tables.py
 from __future__ import annotations
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -131,7 +132,25 @@ def quantisation_table() -> str:
     return markdown(["method", "KV bytes", "KL", "loss", "same top token"], lines)
 
 
+def plans_table() -> str:
+    """Measured plans and what they are compared with, on the text that was held back."""
+    lines = []
+    for row in rows("plans_held_back"):
+        method, _, chosen = row["method"].partition(" ")
+        given = ", ".join(f"{name}={value}" for name, value in json.loads(chosen or "{}").items())
+        lines.append(
+            [
+                "**measured plan**" if method == "plan" else f"{method} {given}",
+                f"{float(row['times_smaller_than_16_bit']):.2f}",
+                f"{float(row['kl_continuation']):.4f}",
+                f"{float(row['kl_quotation']):.4f}",
+            ]
+        )
+    return markdown(["method", "times smaller than 16 bit", "KL", "KL of a quotation"], lines)
+
+
 TABLES = {
+    "plans": plans_table,
     "speed": speed_table,
     "healing": healing_table,
     "orders": orders_table,
