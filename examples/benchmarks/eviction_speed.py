@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -94,28 +93,19 @@ def measure_peak(name: str, length: int, budget: float) -> None:
     ids = context(tokenizer, length)
     if name != "default":
         patch(model, tokenizer, name, budget)
-    resident = Path("/proc/self/statm")
-    page_mb = 4096 / 2**20
-
-    def now() -> float:
-        return int(resident.read_text().split()[1]) * page_mb
-
-    done, highest = threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not done.is_set():
-            highest[0] = max(highest[0], now())
-            time.sleep(0.002)
-
     with torch.no_grad():
         model(input_ids=ids[:, :256], use_cache=True, logits_to_keep=1)
-        before = now()
-        thread = threading.Thread(target=watch)
-        thread.start()
+        before = resident_mb("VmRSS")
+        # sets the mark of the highest level back to the present one
+        Path("/proc/self/clear_refs").write_text("5")
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        done.set()
-        thread.join()
-    print(json.dumps(highest[0] - before))
+    print(json.dumps(resident_mb("VmHWM") - before))
+
+
+def resident_mb(what: str) -> float:
+    """A figure of /proc/self/status, in MB: VmRSS, what is resident, or VmHWM, the most that was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Times several patched copies of one model against the unpatched one, step by step in turn.
 
 On a shared machine the speed of a processor changes within seconds, so nothing is compared with what was measured a
-minute earlier: after every repetition's prefills each decode step runs once on every copy, one right after the other,
-and its ratio to the default's step of the same round is taken. The copies share their parameters.
+minute earlier: after every repetition's prefills the copies decode in turn, a few steps at a time, and the ratio to the
+default's steps of the same round is taken. The first step of each turn does not count: it finds the caches of the
+processor full of what the others read. The copies share their parameters.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from hf_kvcache.measure import cache_bytes
 
 DEFAULT = "default"
+# decode steps of a copy in a row
+TURN = 5
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Timing:
 
     Attributes:
         prefill: of the prefill.
-        decode: median over the steps of a repetition.
+        decode: median over the rounds of a repetition.
         own: what `clock` counted in the prefill, over the rest of it.
         kv_bytes: held right after a prefill.
     """
@@ -78,12 +81,16 @@ def compare(
             timings[name].own.append(own / (prefill[name] - own))
             timings[name].kv_bytes = cache_bytes(outputs[name].past_key_values)
         rounds: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(steps):
+        for _ in range(-(-steps // TURN)):
             seconds = {}
             for name in names:
-                last = outputs[name]
-                token = last.logits[:, -1:].argmax(-1)
-                seconds[name], outputs[name] = _timed(copies[name], token, last.past_key_values)
+                turn = []
+                for _ in range(TURN):
+                    last = outputs[name]
+                    token = last.logits[:, -1:].argmax(-1)
+                    step, outputs[name] = _timed(copies[name], token, last.past_key_values)
+                    turn.append(step)
+                seconds[name] = median(turn[1:])
             for name in names:
                 rounds[name].append(seconds[DEFAULT] / seconds[name])
         for name in names:
