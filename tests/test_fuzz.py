@@ -57,7 +57,7 @@ def models():
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(call=calls(), family=st.sampled_from(FAMILIES))
 def test_any_options_work_or_are_refused(models, call, family):

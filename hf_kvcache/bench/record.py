@@ -171,7 +171,8 @@ class _Bench:
 
     def _fidelity(self) -> tuple[dict[str, float], list[list[float]]]:
         """KL and top-1 agreement on texts, real bytes, and the shares that heads keep, of the first text."""
-        divergences, agreements, quotations, ratios, heads = [], [], [], [], []
+        divergences, agreements, quotations, ratios = [], [], [], []
+        heads: list[list[float]] = []
         for window, full in zip(self.windows, self._full, strict=True):
             cache = compress(self.model, window.context)
             held = report(cache)

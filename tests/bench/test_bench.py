@@ -64,7 +64,7 @@ def test_budgets_go_to_methods_that_have_them():
 def test_figures_say_what_a_method_does(records):
     by_name = {record.setting: record.figures for record in records}
     none, half, fifth = by_name["none"], by_name["knorm budget=0.5"], by_name["knorm budget=0.2"]
-    assert none["kl"] == pytest.approx(0, abs=1e-9) and none["top1"] == 1
+    assert none["kl"] == pytest.approx(0, abs=1e-7) and none["top1"] == 1
     assert 0 < half["kl"] < fifth["kl"] and half["kl low"] <= half["kl"] <= half["kl high"]
     # the model is in float32, and this is against 16 bits
     assert none["times_smaller_than_16_bit"] == pytest.approx(0.5)
