@@ -56,9 +56,7 @@ def models():
     return {family: (model, model_state(model)) for family, model in made.items()}
 
 
-@settings(
-    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls(), family=st.sampled_from(FAMILIES))
 def test_any_options_work_or_are_refused(models, call, family):
     model, before = models[family]
