@@ -120,7 +120,7 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         recent.append(loss.item())
-        if (step + 1) % 10 == 0:
+        if (step + 1) % 10 == 0 or step + 1 == steps:
             curve.append((step + 1, sum(recent) / len(recent)))
             recent = []
         if stop is not None and (step + 1) % 50 == 0 and stop():

@@ -30,7 +30,7 @@ def methods() -> None:
     from hf_kvcache.resolve import option_names
 
     table = Table("method", "slot", "options", "paper", "what it does")
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for name, method in sorted(METHODS.items()):
         summary = (method.__doc__ or "").splitlines()[0]
         table.add_row(name, method.slot, ", ".join(option_names(method)) or "-", method.paper, summary)

@@ -43,7 +43,7 @@ def calls(draw):
     options = draw(st.dictionaries(st.sampled_from(option_names()), values, max_size=3))
     sensible = draw(st.booleans())
     for name in method.split("+") if sensible else ():
-        for field in fields(METHODS[name]):
+        for field in fields(METHODS[name]) if name in METHODS else ():
             if field.name in options and field.default is not MISSING and isinstance(field.default, (bool, str)):
                 options[field.name] = field.default
     return method, options

@@ -237,6 +237,7 @@ import importlib, json, sys, time
 for name in {base!r}:
     importlib.import_module(name)
 before = set(sys.modules)
+sys.dont_write_bytecode, sys.pycache_prefix = False, {folder!r}
 start = time.process_time()
 import hf_kvcache
 seconds = time.process_time() - start
@@ -248,12 +249,10 @@ print(json.dumps({{"seconds": seconds, "new": new}}))
 @pytest.fixture(scope="module")
 def fresh_imports(tmp_path_factory) -> list[dict]:
     """What three new processes say that find bytecode, as pip leaves it at installation; a first one writes it here."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
-    command = [sys.executable, "-c", PROBE.format(base=BASE)]
+    command = [sys.executable, "-c", PROBE.format(base=BASE, folder=str(tmp_path_factory.mktemp("bytecode")))]
     runs: list[dict] = []
     for _ in range(4):
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
     return runs[1:]

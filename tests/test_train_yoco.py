@@ -61,9 +61,11 @@ def test_distillation_brings_the_student_nearer_and_resumes(tmp_path):
         return student, before
 
     student, before = run()
-    assert distance(student) < before
+    # the student itself still computes in bfloat16, as accelerate left it
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert distance(loaded) == pytest.approx(distance(student))
+    assert distance(loaded) < before
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, student.state_dict()[name])
     # everything is done already, so that a second run only reads it
     again, _ = run()
     for name, weight in again.state_dict().items():
@@ -90,6 +92,7 @@ def test_recall_asks_for_what_the_context_says():
     assert yoco_from_scratch.GAP > 4 * (yoco_from_scratch.RECALL_WINDOW - 1)
 
 
+@pytest.mark.slow
 def test_comparison_runs_once_and_writes_a_table(tmp_path):
     texts = []
     for index in range(3):

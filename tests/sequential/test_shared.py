@@ -93,9 +93,9 @@ def place(request, tmp_path):
         redis.Redis.from_url(url).flushall()
         return url, {}
     if request.param == "s3":
+        options = request.getfixturevalue("s3_options")
         import s3fs
 
-        options = request.getfixturevalue("s3_options")
         bucket = f"bucket-{time.time_ns()}"
         s3fs.S3FileSystem(**options).mkdir(bucket)
         return f"s3://{bucket}/folder", options
