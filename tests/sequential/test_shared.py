@@ -87,9 +87,9 @@ def s3_options():
 def place(request, tmp_path):
     """(url, options) of an empty place."""
     if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
         import redis
 
-        url = request.getfixturevalue("redis_url")
         redis.Redis.from_url(url).flushall()
         return url, {}
     if request.param == "s3":
