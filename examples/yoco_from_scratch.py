@@ -35,17 +35,17 @@ class Budget:
         rate: the highest learning rate.
     """
 
-    tokens: int = 300_000
-    recall_steps: int = 800
-    width: int = 128
+    tokens: int = 600_000
+    recall_steps: int = 2000
+    width: int = 256
     layers: int = 6
     heads: int = 4
     kv_heads: int = 2
-    mlp: int = 352
+    mlp: int = 704
     vocabulary: int = 2048
     length: int = 256
-    batch: int = 8
-    rate: float = 2e-3
+    batch: int = 4
+    rate: float = 1e-3
 
     def sizes(self, **changes: Any) -> dict[str, Any]:
         """Fields of a configuration."""

@@ -15,6 +15,7 @@ from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.eviction import HeadImportance
 from hf_kvcache.fingerprint import fingerprint, matches
 from hf_kvcache.methods import KVSharer, Method, Yoco, headkv
+from hf_kvcache.patches.adapter import home
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
@@ -119,8 +120,7 @@ def unpatched_fingerprint(model: nn.Module) -> str:
     target = base_model(model)
     find_adapter(target)
     require_weights(target)
-    if attached(target) is not None:
-        raise ValueError("a plan is measured on the untouched model, and this one is patched; call unpatch_model first")
+    require_unpatched(target, "a plan is measured on the untouched model")
     return fingerprint(target)
 
 
@@ -187,7 +187,9 @@ def load_cache(model: nn.Module, path: str | Path) -> KVCache:
     """
     target = base_model(model)
     cache, adapter = new_cache(target), require_attached(target).adapter
-    devices = [_device(adapter.find_attention(target, layer)) for layer in range(cache.spec.num_layers)]
+    devices = [
+        home(adapter.find_attention(target, layer)) or torch.device("cpu") for layer in range(cache.spec.num_layers)
+    ]
     return restore_cache(cache, path, devices, target.dtype)
 
 
@@ -242,12 +244,6 @@ def make_probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
     require_weights(model)
     full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output, adapter.own_sharing(model))
     return ModelProbe(model, adapter, full, tokenizer)
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where a module computes; weights that rest on the meta device are brought to the CPU."""
-    device = next(module.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -22,6 +22,8 @@ app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(store_app, name="store")
 console = Console()
 
+Model = Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")]
+
 
 @app.command()
 def methods() -> None:
@@ -54,7 +56,7 @@ def demo(
 
 @calibrate_app.command("kvsharer")
 def calibrate_kvsharer(
-    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
     share: Annotated[float, typer.Option(help="Share of the layers that give up their KV.")] = 0.25,
     threshold: Annotated[float, typer.Option(help="Least cosine similarity for a pair to be kept.")] = 0.5,
@@ -69,14 +71,13 @@ def calibrate_kvsharer(
     method = KVSharer(share=share, threshold=threshold, order=order, heal=heal, calibration=text)
     loaded, tokenizer = load_model(model)
     plan = find_plan(loaded, method, tokenizer=tokenizer)
-    plan.save(output)
     console.print(f"{len(plan.consumers)} of {plan.num_layers} layers share: {plan_text(plan)}")
-    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+    save(plan, output)
 
 
 @calibrate_app.command("headkv")
 def calibrate_headkv(
-    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the importance to.")],
     samples: Annotated[int, typer.Option(help="Number of questions.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
@@ -86,15 +87,14 @@ def calibrate_headkv(
 
     loaded, tokenizer = load_model(model)
     importance = measure_heads(loaded, samples=samples, length=length, tokenizer=tokenizer)
-    importance.save(output)
     layers, heads = importance.values.shape
     console.print(f"{importance.settings['answered']} of {samples} questions answered; {layers} layers x {heads} heads")
-    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+    save(importance, output)
 
 
 @calibrate_app.command("sequential")
 def calibrate_sequential(
-    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the basis to.")],
     samples: Annotated[int, typer.Option(help="Number of texts.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
@@ -105,14 +105,13 @@ def calibrate_sequential(
 
     loaded, tokenizer = load_model(model)
     basis = calibrate_basis(loaded, texts=text, samples=samples, length=length, tokenizer=tokenizer)
-    basis.save(output)
     console.print(f"{len(basis.parts)} transforms of up to {max(len(part.mean) for part in basis.parts)} channels")
-    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+    save(basis, output)
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, table and page.")],
     methods: Annotated[list[str], typer.Option(help='NAME or NAME{"option": value}; may be given again.')],
     budgets: Annotated[list[float] | None, typer.Option(help="Shares to keep, for methods that evict.")] = None,
@@ -126,14 +125,17 @@ def bench(
 
     settings = [setting for text in methods for setting in parse_setting(text, budgets or [])]
     loaded, tokenizer = load_model(model)
-    options = {
-        "tasks": tasks or ["niah-4"],
-        "contexts": contexts,
-        "length": length,
-        "texts": data,
-        "say": console.print,
-    }
-    records = run_bench(loaded.float(), tokenizer, settings, output, **options)  # type: ignore[arg-type]
+    records = run_bench(
+        loaded.float(),
+        tokenizer,
+        settings,
+        output,
+        tasks=tasks or ["niah-4"],
+        contexts=contexts,
+        length=length,
+        texts=data,
+        say=console.print,
+    )
     write_csv(records, output / "bench.csv")
     write_page(records, output / "bench.html", f"KV cache methods on {model}")
     console.print(f"wrote {output / 'bench.csv'} and {output / 'bench.html'}")
@@ -141,7 +143,7 @@ def bench(
 
 @app.command()
 def tune(
-    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
     target_ratio: Annotated[float, typer.Option(help="How many times smaller than in 16 bits.")] = 8.0,
     data: Annotated[Path | None, typer.Option(help="Text file to measure on; default: the shipped sample.")] = None,
@@ -154,14 +156,23 @@ def tune(
     from hf_kvcache.planning import tune as make_plan
 
     loaded, tokenizer = load_model(model)
-    options = {"scorer": scorer, "samples": samples, "length": length, "draws": draws, "say": console.print}
-    tuned = make_plan(loaded.float(), tokenizer, target_ratio=target_ratio, texts=data, **options)  # type: ignore[arg-type]
+    tuned = make_plan(
+        loaded.float(),
+        tokenizer,
+        target_ratio=target_ratio,
+        texts=data,
+        scorer=scorer,
+        samples=samples,
+        length=length,
+        draws=draws,
+        say=console.print,
+    )
     table = Table("on held-back text", "times smaller", "KL of the continuation", "KL of a quotation")
     for name, found in (("this plan", tuned.verified), ("target_ratio alone", tuned.uniform)):
         table.add_row(name, f"{found.ratio:.2f}", f"{found.continuation:.4f}", f"{found.quotation:.4f}")
     console.print(table)
-    tuned.plan.save(output)
-    console.print(f"saved {output} ({output.stat().st_size:,} bytes): {tuned.plan.summary()}")
+    console.print(tuned.plan.summary())
+    save(tuned.plan, output)
 
 
 @app.command(
@@ -189,6 +200,8 @@ def report(
     if (path is None) == (config is None):
         raise ValueError("expected a file, or --config and a model, but not both")
     if config is not None:
+        from hf_kvcache.arithmetic import arithmetic
+
         console.print(arithmetic(config))
         return
     assert path is not None
@@ -230,37 +243,15 @@ def report(
             console.print(f"wrote {plot}")
 
 
-def arithmetic(name: str) -> str:
-    """The bytes that a model's cache takes in 16 bit, from its configuration: of a folder, a name or a model type."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    import hf_kvcache.models  # noqa: F401 - registers our own configurations
-
-    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
-    layers, dim = config.num_hidden_layers, getattr(config, "head_dim", None)
-    dim = dim or config.hidden_size // config.num_attention_heads
-    full = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * dim * 2 * layers
-    if not hasattr(config, "kv_bytes_per_token") and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
-    ):
-        raise NotImplementedError(
-            f"{config.model_type} has layers with windows; load it and measure with report(cache)"
-        )
-    own, state = getattr(config, "kv_bytes_per_token", full), getattr(config, "state_bytes", 0)
-    lines = [
-        f"{config.model_type}: {layers} layers, 16 bit",
-        f"keys and values of a token: {own:,d} B; {full:,d} B where every layer keeps its own",
-        f"constant part of a sequence: {state:,d} B",
-    ]
-    for tokens in (2**15, 2**20):
-        sizes = [(tokens * a_token + part) / 1e9 for a_token, part in ((own, state), (full, 0))]
-        lines.append(f"{tokens:,d} tokens: {sizes[0]:.2f} GB; {sizes[1]:.2f} GB where every layer keeps its own")
-    return "\n".join(lines)
-
-
 def plan_text(plan: Any) -> str:
     """A plan as `consumer<-source` pairs."""
     return ", ".join(f"{consumer}<-{plan.source_layers[consumer]}" for consumer in plan.consumers)
+
+
+def save(made: Any, output: Path) -> None:
+    """Saves a plan or whatever else was fitted, and says where and how large it is."""
+    made.save(output)
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
 
 
 def load_model(name: str) -> tuple[Any, Any]:

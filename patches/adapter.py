@@ -146,3 +146,9 @@ class SeparateKV:
 
     def skip(self, attention: nn.Module) -> dict[str, nn.Module]:
         return {name: NoProjection(getattr(attention, name)) for name in (self.key, self.value)}
+
+
+def home(module: nn.Module) -> torch.device | None:
+    """Where the weights of a module are; None for those that are brought to another device only to be used."""
+    device = next(module.parameters()).device
+    return None if device.type == "meta" else device

@@ -96,7 +96,7 @@ class Attachment:
             for layer in self.spec.sharing.upper:
                 self.adapter.find_layers(model)[layer].register_forward_pre_hook(early_exit.cut, with_kwargs=True)
         if self.spec.sharing.part_of_model and hasattr(model, "save_pretrained"):
-            model.save_pretrained = partial(save_pretrained, model)
+            model.save_pretrained = partial(save_pretrained, model, self.spec.sharing)
         if self.spec.prefix is not None:
             decoder.register_forward_hook(store_prefix, with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:

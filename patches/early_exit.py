@@ -21,13 +21,16 @@ POSITIONS = "positions_to_keep"
 
 def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The hook before the language model's forward: says for how many last positions logits are wanted."""
-    wanted = kwargs.get("logits_to_keep", 0)
-    all_positions = kwargs.get("labels") is not None or kwargs.get(
-        "output_hidden_states", model.config.output_hidden_states
-    )
-    if isinstance(wanted, int) and wanted > 0 and not all_positions:
+    wanted = positions_wanted(model.config, **kwargs)
+    if wanted > 0:
         kwargs[POSITIONS] = wanted
     return args, kwargs
+
+
+def positions_wanted(config: Any, *, logits_to_keep: int | Tensor = 0, labels: Any = None, **kwargs: Any) -> int:
+    """For how many last positions of a forward with these arguments anything is asked of the upper layers; 0: all."""
+    hidden = kwargs.get("output_hidden_states", config.output_hidden_states)
+    return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not hidden else 0
 
 
 def widened(wanted: int, spec: CacheSpec, mask: Tensor | None) -> int:

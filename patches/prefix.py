@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.fingerprint import weights_digest, weights_state
-from hf_kvcache.patches.adapter import Adapter
+from hf_kvcache.patches.adapter import Adapter, home
 
 if TYPE_CHECKING:
     from hf_kvcache.sequential.session import ModelFacts
@@ -83,7 +83,7 @@ def model_facts(decoder: nn.Module, cache: KVCache, adapter: Adapter, weights: s
         tuple(attention.head_dim for attention in attentions),
         decoder.dtype,
     )
-    return ModelFacts(weights, geometry, [_device(attention) or decoder.device for attention in attentions], rotate)
+    return ModelFacts(weights, geometry, [home(attention) or decoder.device for attention in attentions], rotate)
 
 
 def store_prefix(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -121,9 +121,3 @@ def _in_order(positions: Tensor | None, mask: Tensor | None, cache: KVCache, new
         return False
     real = torch.ones_like(expected, dtype=torch.bool) if mask is None else mask[:, seen:].bool().cpu()
     return bool(((positions.cpu() == expected) | ~real).all())
-
-
-def _device(module: nn.Module) -> torch.device | None:
-    """Where a module computes; None for weights that are brought there only to be used."""
-    device = next(module.parameters()).device
-    return None if device.type == "meta" else device

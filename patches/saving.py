@@ -19,12 +19,11 @@ MODEL_TYPE = "needs_hf_kvcache"
 ENTRY = "hf_kvcache"
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, *args: Any, **kwargs: Any) -> None:
-    """Takes the place of the method of the same name: saves as usual, then writes the plan into `config.json`."""
+def save_pretrained(model: nn.Module, plan: SharingPlan, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+    """Takes the place of the method of that name: saves as usual, then adds the plan to `config.json`."""
     type(model).save_pretrained(model, folder, *args, **kwargs)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    plan = model.__dict__["_hf_kvcache"].spec.sharing
     config[ENTRY] = {"model_type": config["model_type"], **described(plan)}
     config["model_type"] = MODEL_TYPE
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -47,6 +47,7 @@ BORDER = {
     "__init__",
     "__main__",
     "api",
+    "arithmetic",
     "bench",
     "calibration",
     "cli",

@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_tables_are_those_of_the_results():
+def test_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmarks")
     spec = importlib.util.spec_from_file_location("tables", ROOT / "examples" / "benchmarks" / "tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)

@@ -75,14 +75,17 @@ def add_results(name: str, row: dict[str, Any], key: Sequence[str]) -> None:
     """Prints a row and adds it to `results/<name>.csv`; it replaces the row with the same values of `key`."""
     row = {column: _text(value) for column, value in (row | made_by()).items()}
     path = RESULTS / f"{name}.csv"
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows = read_results(name) if path.exists() else []
     if rows and list(rows[0]) != list(row):
         raise ValueError(f"{path} has other columns than the row to add; move it away: {list(rows[0])}")
     print({column: value for column, value in row.items() if column not in made_by()})
     _write(name, [other for other in rows if any(other[column] != row[column] for column in key)] + [row])
+
+
+def read_results(name: str) -> list[dict[str, str]]:
+    """The rows of `results/<name>.csv`."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def made_by() -> dict[str, Any]:

@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +22,7 @@ from statistics import median
 
 import torch
 from common import write_results
-from interleaved import DEFAULT, compare, twin
+from interleaved import DEFAULT, compare, now, twin
 
 from hf_kvcache import HeadImportance, patch_model, smollm2
 from hf_kvcache.layers import KVCacheLayer
@@ -75,9 +74,9 @@ class OwnWork:
 
     def _measured(self, original: Callable[..., None]) -> Callable[..., None]:
         def measured(*args: object) -> None:
-            start = time.perf_counter()
+            start = now()
             original(*args)
-            self.seconds += time.perf_counter() - start
+            self.seconds += now() - start
 
         return measured
 

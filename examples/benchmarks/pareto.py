@@ -10,12 +10,11 @@ SmolLM2-135M, float32, the protocol of `fidelity.py`. KVSharer's maps are search
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import RESULTS, write_results
+from common import RESULTS, read_results, write_results
 from fidelity import Fidelity
 from peer_backends import missing
 
@@ -85,8 +84,7 @@ def plot() -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    with (RESULTS / "pareto.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_results("pareto")
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for index, family in enumerate(dict.fromkeys(row["method"] for row in rows)):

@@ -14,7 +14,6 @@ TurboQuant and KIVI's grids (`uniform channel`: keys by channel, values by token
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, TEST_TEXTS, evaluation_texts, windows, write_results
+from common import TEST_TEXTS, evaluation_texts, read_results, windows, write_results
 from torch import Tensor
 
 from hf_kvcache import KVCache, new_cache, patch_model, unpatch_model
@@ -146,19 +145,18 @@ def measure(model: Any, tokenizer: Any, basis: Basis, count: int, domains: list[
 def published(full: int) -> list[dict[str, Any]]:
     """The rows of TurboQuant and of KIVI's grids on the same windows; `full` bytes are the prompt in float32."""
     rows = []
-    with (RESULTS / "turboquant_fidelity.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["domain"] == "mean" and row["method"] in {
-                *(f"turboquant {bits}" for bits in (4, 3, 2)),
-                *(f"paper mse {bits}" for bits in (4, 3, 2)),
-                *(f"uniform channel {bits}" for bits in (4, 3, 2)),
-            }:
-                size = float(row["kv_bytes_of_full"]) * full
-                numbers = {key: float(row[key]) for key in ("kl", "loss_increase", "top1")}
-                rows.append(
-                    {"codec": row["method"], "windows": row["windows"], "domain": "mean", **numbers}
-                    | {"bytes": size, "ratio": full / 2 / size}
-                )
+    for row in read_results("turboquant_fidelity"):
+        if row["domain"] == "mean" and row["method"] in {
+            *(f"turboquant {bits}" for bits in (4, 3, 2)),
+            *(f"paper mse {bits}" for bits in (4, 3, 2)),
+            *(f"uniform channel {bits}" for bits in (4, 3, 2)),
+        }:
+            size = float(row["kv_bytes_of_full"]) * full
+            numbers = {key: float(row[key]) for key in ("kl", "loss_increase", "top1")}
+            rows.append(
+                {"codec": row["method"], "windows": row["windows"], "domain": "mean", **numbers}
+                | {"bytes": size, "ratio": full / 2 / size}
+            )
     return rows
 
 

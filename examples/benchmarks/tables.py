@@ -5,11 +5,11 @@ python examples/benchmarks/tables.py
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from common import read_results as rows
+
 # the texts that every library was run on
 DOCUMENTS = ("topics", "play")
 PEER_FIGURES = {
@@ -20,12 +20,6 @@ PEER_FIGURES = {
     "needle_accuracy": "{:.2f}",
 }
 README = Path(__file__).parents[2] / "README.md"
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    """The rows of one result."""
-    with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from common import RESULTS, add_results, prose
+from common import add_results, prose, read_results
 from kvsharer import Judge
 from transformers import AutoModelForCausalLM
 
@@ -38,8 +37,8 @@ def shared_plan(model: Any, tokenizer: Any, kept: int) -> SharingPlan:
     """KVSharer's plan in which so many layers keep their KV, healed."""
     layers = model.config.num_hidden_layers
     if kept == 22:
-        with (RESULTS / "kvsharer_healing.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["order"] == "kl" and row["layers_shared"] == "8"]
+        healed = read_results("kvsharer_healing")
+        rows = [row for row in healed if row["order"] == "kl" and row["layers_shared"] == "8"]
         pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)<-(\d+)", rows[0]["plan"])]
     else:
         pairs = [(layer, layer - 1) for layer in range(layers - 1, 0, -1) if layer % 2][: layers - kept]

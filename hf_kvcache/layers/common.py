@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 # sees the first column, key and value [B, H_kv, n, D] of everything that a layer computes
 Witness = Callable[[int, Tensor, Tensor], None]
@@ -26,3 +27,28 @@ def removed_by(crop: int, seen: int) -> int:
     transformers counts the tokens to remove as a negative number; 5.14 also passes the number to keep, a positive one.
     """
     return max(seen - crop, 0) if crop > 0 else min(-crop, seen)
+
+
+class OwnLayer(CacheLayerMixin):
+    """What transformers asks of any layer of a cache, for those that hold something of their own."""
+
+    is_compileable = False
+    supports_early_init = False
+
+    # tokens that went into this layer
+    seen: int
+
+    def expect(self, prompt_length: int, copies: int) -> None:
+        """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: memory is taken when the first tokens come."""

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvcache.attention import AttentionCall
 from hf_kvcache.codecs import Codec
 from hf_kvcache.eviction import EvictionPolicy, Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import Witness, entry_of, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.replay import Replay
 from hf_kvcache.segment import Segment
@@ -48,7 +47,7 @@ class LayerSettings:
         return self
 
 
-class KVCacheLayer(CacheLayerMixin):
+class KVCacheLayer(OwnLayer):
     """The KV of one producer with full attention: sealed segments, then a dense tail.
 
     The prompt is attended densely by the model's own attention, so prefill is exact. When the last layer that reads it
@@ -61,8 +60,6 @@ class KVCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
-    is_compileable = False
-    supports_early_init = False
 
     def __init__(self, settings: LayerSettings) -> None:
         super().__init__()
@@ -407,15 +404,3 @@ class KVCacheLayer(CacheLayerMixin):
             }
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
         self.is_initialized = self.seen > 0
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: memory is taken when the first tokens come."""

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import Witness, entry_of, last_tokens, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, removed_by
 
 
-class SlidingLayer(CacheLayerMixin):
+class SlidingLayer(OwnLayer):
     """The KV of one producer with sliding-window attention: the last `sliding_window - 1` tokens, dense.
 
     That is all that later tokens can see, so nothing more is kept, unless the caller announces with
@@ -28,8 +27,6 @@ class SlidingLayer(CacheLayerMixin):
 
     is_sliding = True
     is_croppable = True
-    is_compileable = False
-    supports_early_init = False
 
     keys: Tensor
     values: Tensor
@@ -115,9 +112,6 @@ class SlidingLayer(CacheLayerMixin):
         self.keys, self.values = self.keys[:, :, :rest], self.values[:, :, :rest]
         self._hold(needed)
 
-    def expect(self, prompt_length: int, copies: int) -> None:
-        """Nothing to prepare."""
-
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i what row `rows[i]` is now (beam search, repetition, selection)."""
         if self.is_initialized:
@@ -140,17 +134,11 @@ class SlidingLayer(CacheLayerMixin):
             self.is_initialized = True
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
 
-    def get_seq_length(self) -> int:
-        return self.seen
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._reach() + query_length, self.seen - self._reach()
 
     def get_max_length(self) -> int:
         return self.sliding_window
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: memory is taken when the first tokens come."""
 
     def _reach(self) -> int:
         """How many of the tokens seen the next one can see."""

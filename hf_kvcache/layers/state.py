@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from hf_kvcache.layers.common import removed_by
+from hf_kvcache.layers.common import OwnLayer, removed_by
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(OwnLayer):
     """The state of one layer, `[B, H, D_k, D_v]`, and how many tokens went into it.
 
     A state cannot be rolled back, so it cannot be cropped.
@@ -19,8 +18,6 @@ class StateLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = False
-    is_compileable = False
-    supports_early_init = False
     # there are no keys whose size a report could compare with
     entry = None
 
@@ -65,9 +62,6 @@ class StateLayer(CacheLayerMixin):
                 "cannot forget them; start from a copy of the cache taken before they came"
             )
 
-    def expect(self, prompt_length: int, copies: int) -> None:
-        """Nothing to prepare."""
-
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i what row `rows[i]` is now."""
         if self.state is not None:
@@ -86,15 +80,3 @@ class StateLayer(CacheLayerMixin):
         self.reset()
         if "state" in tensors:
             self.update_recurrent_state(tensors["state"].to(device), tokens=described["seen"])
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: memory is taken when the first tokens come."""

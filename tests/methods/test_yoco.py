@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_kvcache.models  # noqa: F401 - registers the class of saved models
 from hf_kvcache import KVSharer, Yoco, YocoPlusPlus, compress, convert, new_cache, patch_model, report, unpatch_model
+from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.resolve import resolve, split_names
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.testing import (
@@ -144,7 +145,7 @@ class Plain:
 
     def __init__(self, model):
         self.model = model
-        plan = model.__dict__["_hf_kvcache"].spec.sharing
+        plan = require_attached(model).spec.sharing
         self.sources = plan.source_layers
 
     def __call__(self, ids):

@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hf_kvcache.attention import attend_windows
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
+from hf_kvcache.patches.early_exit import POSITIONS, positions_wanted
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -392,9 +393,9 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As other causal language models. With an int `logits_to_keep` the cross-decoder runs for these positions."""
-        all_wanted = labels is not None or kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if self.config.early_exit and isinstance(logits_to_keep, int) and not all_wanted:
-            kwargs["positions_to_keep"] = logits_to_keep
+        if self.config.early_exit:
+            asked = {"logits_to_keep": logits_to_keep, "labels": labels, **kwargs}
+            kwargs[POSITIONS] = positions_wanted(self.config, **asked)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
