@@ -1,7 +1,8 @@
 """What each byte buys: KL against KV bytes for single methods, compositions and transformers' quantised caches.
 
-SmolLM2-135M, float32, the protocol of `fidelity.py`. KVSharer's maps are searched and healed first (minutes). Writes
-`results/pareto.csv` and `results/pareto.png`; transformers' caches take part where hqq and optimum-quanto are there.
+SmolLM2-135M, float32, the protocol of `fidelity.py`. KVSharer's maps are the committed ones, healed first. Writes
+`results/pareto.csv`, leaving out points that it has already, and `results/pareto.png`; transformers' caches take part
+where hqq and optimum-quanto are installed.
 
     python examples/benchmarks/pareto.py [--windows 2]
     python examples/benchmarks/pareto.py --plot        # draws the picture of an existing CSV again
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from common import RESULTS, read_results, write_results
+from committed_plans import committed_pairs, healed
+from common import RESULTS, add_results, read_results
 from fidelity import Fidelity
 from peer_backends import missing
 
-from hf_kvcache import KVSharer, Method, find_plans, smollm2
+from hf_kvcache import KVSharer, Method, smollm2
 
+CSV = RESULTS / "pareto.csv"
 SHARES = (4 / 30, 8 / 30)
 KEPT = (0.5, 0.25, 0.125)
 PEERS = ("fp8", "quanto4", "quanto2", "hqq4", "hqq2")
@@ -58,25 +61,26 @@ def settings(plans: dict[float, Any]) -> Iterator[tuple[str, str, list[str | Met
 
 
 def measure(windows: int) -> None:
-    """Writes the CSV."""
+    """Adds to the CSV the points that it lacks."""
     model, tokenizer = smollm2.load()
-    found = find_plans(model, [KVSharer(share=share, order="kl") for share in SHARES], tokenizer=tokenizer)
-    plans = dict(zip(SHARES, found, strict=True))
+    done = {(row["method"], row["setting"]) for row in read_results("pareto")} if CSV.exists() else set()
+    plans = {share: healed(model, tokenizer, committed_pairs(round(30 * share))) for share in SHARES}
     protocol = Fidelity(model, tokenizer, windows)
-    rows = []
     for family, setting, methods, options in settings(plans):
-        mean = protocol.of_method(f"{family} {setting}", methods, **options)[-1]
-        rows.append(mean | {"method": family, "setting": setting})
+        if (family, setting) not in done:
+            add(family, setting, protocol.of_method(f"{family} {setting}", methods, **options))
     for peer in PEERS:
         reason = missing("transformers", peer)
         if reason:
             print(f"skipping {peer}: {reason}")
-        else:
-            mean = protocol.of_peer(peer)[-1]
-            rows.append(mean | {"method": "transformers", "setting": peer})
-    for row in rows:
-        del row["domain"]
-    write_results("pareto", rows)
+        elif ("transformers", peer) not in done:
+            add("transformers", peer, protocol.of_peer(peer))
+
+
+def add(family: str, setting: str, rows: list[dict[str, Any]]) -> None:
+    """Adds the mean over the domains to the CSV."""
+    mean = {name: value for name, value in rows[-1].items() if name != "domain"}
+    add_results("pareto", {**mean, "method": family, "setting": setting}, ("method", "setting"))
 
 
 def plot() -> None:

@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from common import add_results, prose, read_results
+from committed_plans import committed_pairs, healed
+from common import add_results, prose
 from kvsharer import Judge
 from transformers import AutoModelForCausalLM
 
 import hf_kvcache.models  # noqa: F401 - reads converted models
-from hf_kvcache import KVSharer, SharingPlan, convert, find_plan, patch_model, smollm2
+from hf_kvcache import KVSharer, SharingPlan, convert, patch_model, smollm2
 from hf_kvcache.evaluation import bootstrap, context_ids, filled_cache, make_task, score_answers
 from hf_kvcache.measure import kl_divergence, top1_agreement
 
@@ -34,23 +34,10 @@ TASKS = {"niah-1": (512, 4), "kv-20": (None, 3)}
 
 
 def shared_plan(model: Any, tokenizer: Any, kept: int) -> SharingPlan:
-    """KVSharer's plan in which so many layers keep their KV, healed."""
-    layers = model.config.num_hidden_layers
-    if kept == 22:
-        healed = read_results("kvsharer_healing")
-        rows = [row for row in healed if row["order"] == "kl" and row["layers_shared"] == "8"]
-        pairs = [(int(a), int(b)) for a, b in re.findall(r"(\d+)<-(\d+)", rows[0]["plan"])]
-    else:
-        pairs = [(layer, layer - 1) for layer in range(layers - 1, 0, -1) if layer % 2][: layers - kept]
-    return find_plan(model, FixedPlan(plan=SharingPlan.from_pairs(layers, pairs)), tokenizer=tokenizer)
-
-
-class FixedPlan(KVSharer):
-    """KVSharer without its search: the plan that is given, healed."""
-
-    def find_plan(self, model: Any) -> SharingPlan:
-        model.use_texts(self.calibration, 30, 64)
-        return model.heal(self.plan)
+    """KVSharer's plan in which so many layers keep their KV, healed: the committed one, or neighbours in pairs."""
+    shared = model.config.num_hidden_layers - kept
+    odd = range(model.config.num_hidden_layers - 1, 0, -2)
+    return healed(model, tokenizer, committed_pairs(shared) or [(layer, layer - 1) for layer in odd][:shared])
 
 
 def arm(name: str, model: Any, tokenizer: Any, split: int, trained: Path | None) -> Any:
