@@ -1,7 +1,7 @@
 """Retrieval from codes: the tasks that SmolLM2-135M solves with a full cache, from TurboQuant's codes of that cache.
 
 Question-agnostic: the context is read once, sealed as each setting stores it, and every question is asked on a copy.
-`accuracy_lost` and `nll_added` are paired differences to the full cache, with 95 % intervals that resample contexts; `all`
+`accuracy_lost` and `nll_added` are paired differences to the full cache, with 95 % intervals over contexts; `all`
 takes every answer of every task. Accuracy counts where the full cache answers well (see `SUITE`).
 
     python examples/benchmarks/turboquant_tasks.py [--contexts 1.0]
