@@ -23,7 +23,7 @@ from peer_backends import missing
 from hf_kvcache import KVSharer, Method, smollm2
 
 CSV = RESULTS / "pareto.csv"
-SHARES = (4 / 30, 8 / 30)
+SHARES = (4 / 30,)
 KEPT = (0.5, 0.25, 0.125)
 PEERS = ("fp8", "quanto4", "quanto2", "hqq4", "hqq2")
 TITLE = "SmolLM2-135M: KL to the untouched model after a prompt of 1,024 tokens, five domains"

@@ -152,22 +152,21 @@ def speeds(model: Any, tokenizer: Any, contexts: list[int], repetitions: int, st
     copies = {DEFAULT: model} | {name: twin(model) for name in chosen}
     for name, method in chosen.items():
         patch_model(copies[name], method)
-    rows = []
     for context in contexts:
         ids = windows(tokenizer, texts()["manual"], 1, context)
         timings = compare(copies, ids, repetitions, steps)
         full_bytes = timings[DEFAULT].kv_bytes
         for name in chosen:
             held = timings[name].kv_bytes / full_bytes
-            rows.append({"method": name, "context": context, "kv_bytes_of_full": held} | timings[name].row())
-    write_results("turboquant_speed", rows)
+            row = {"method": name, "context": context, "kv_bytes_of_full": held} | timings[name].row()
+            add_results("turboquant_speed", row, ("method", "context"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("distortion", "fidelity", "speed"))
     parser.add_argument("--windows", type=int, default=2, help="evaluation windows a domain, for fidelity")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8000], help="for speed")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192], help="for speed")
     parser.add_argument("--repetitions", type=int, default=5, help="for speed")
     parser.add_argument("--steps", type=int, default=8, help="decode steps, for speed")
     parser.add_argument("--methods", nargs="+", help="some of the methods only, for fidelity; other rows stay")
