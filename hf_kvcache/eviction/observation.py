@@ -121,6 +121,13 @@ class Observation:
         """
         return self.logits(last).softmax(-1)
 
+    def mean_attention(self, last: int | None = None) -> Tensor:
+        """`attention(last)` averaged over the queries, `[B, H_kv, G, T]`, with one tensor of its size and not three."""
+        scores = self.logits(last)
+        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        share = 1 / (scores.sum(-1) * scores.shape[3])
+        return torch.matmul(share.unsqueeze(-2), scores).squeeze(-2)
+
     def logits(self, last: int | None = None) -> Tensor:
         """What `attention` is the softmax of: scaled, capped, and the lowest number where nothing is seen."""
         query = self.query if last is None else self.query[..., -last:, :]
@@ -136,14 +143,15 @@ class Observation:
     def _logits(self, query: Tensor, first: int) -> Tensor:
         """Attention logits of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
         length = query.shape[3]
-        scores = torch.matmul(query.flatten(2, 3), self.key.float().transpose(-1, -2)).unflatten(2, (-1, length))
-        scores = scores * self.scale
+        # the factor goes to the queries and the mask to the last columns alone: there are many more scores than those
+        scaled = query.flatten(2, 3) * (self.scale / (self.softcap or 1.0))
+        scores = torch.matmul(scaled, self.key.float().transpose(-1, -2)).unflatten(2, (-1, length))
         if self.softcap:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores.tanh_().mul_(self.softcap)
         lowest = torch.finfo(scores.dtype).min
-        column = torch.arange(self.num_tokens, device=scores.device)
+        column = torch.arange(first, self.num_tokens, device=scores.device)
         future = column > torch.arange(first, first + length, device=scores.device)[:, None]
-        scores.masked_fill_(future, lowest)
+        scores[..., first:].masked_fill_(future, lowest)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, :, None, None], lowest)
         return scores

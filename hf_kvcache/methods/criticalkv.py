@@ -33,7 +33,7 @@ from hf_kvcache.methods.eviction_method import EvictionMethod
 EPSILON = 1e-4
 NORMS = ("l1", "l2")
 # projected values of at most so many elements are in memory at once
-ELEMENTS_AT_ONCE = 1 << 22
+ELEMENTS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ def projected_norm(value: Tensor, output: Tensor, norm: str) -> Tensor:
         norms = torch.zeros(chunk.shape[:-1], device=value.device)
         for member in range(group):
             image = torch.matmul(chunk, output[:, member])
-            norms += (image * chunk).sum(-1).clamp_min(0).sqrt() if norm == "l2" else image.abs().sum(-1)
+            norms += image.mul_(chunk).sum(-1).clamp_min(0).sqrt() if norm == "l2" else image.abs_().sum(-1)
         parts.append(norms / group)
     return torch.cat(parts, dim=2)
