@@ -3,16 +3,20 @@
 float32 on the CPU; speeds are ratios to the default cache, timed in turn (`interleaved.py`). Bytes are live storages
 right after the prefill, indices included. `prefill_overhead` is what scoring, selecting and compacting take of a
 prefill: the time in those parts over the time in all others, within the same prefill; the second passes of `kvzip` are
-in `prefill_speedup` only. `peak_mb` is the most memory that a prefill takes above the level before it, in a fresh
-process each.
+in `prefill_speedup` only.
 
     python examples/benchmarks/eviction_speed.py [--context 4096] [--budget 0.25] [--repetitions 5] [--steps 16]
+    python examples/benchmarks/eviction_speed.py --peaks [--context 4096]
+
+Peaks are the most memory that a prefill takes above the level before it, in a fresh process each, in which large blocks
+that are freed go back to the system at once: what is measured is what lives, not what the allocator keeps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,13 +88,15 @@ class OwnWork:
 def peak_memory(name: str, length: int, budget: float) -> float:
     """Peak resident MB of a prefill above the level before it, in a fresh process."""
     command = [sys.executable, __file__, "--peak-of", name, "--context", str(length), "--budget", str(budget)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_peak(name: str, length: int, budget: float) -> None:
     model, tokenizer = smollm2.load()
     ids = context(tokenizer, length)
-    if name != "default":
+    if name != DEFAULT:
         patch(model, tokenizer, name, budget)
     with torch.no_grad():
         model(input_ids=ids[:, :256], use_cache=True, logits_to_keep=1)
@@ -99,6 +105,13 @@ def measure_peak(name: str, length: int, budget: float) -> None:
         Path("/proc/self/clear_refs").write_text("5")
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
     print(json.dumps(resident_mb("VmHWM") - before))
+
+
+def write_peaks(names: list[str], length: int, budget: float) -> None:
+    """One row a method, transformers' default cache first."""
+    peaks = {name: peak_memory(name, length, budget) for name in (DEFAULT, *names)}
+    rows = [{"method": name, "context": length, "budget": budget, "peak_mb": peak} for name, peak in peaks.items()]
+    write_results(f"eviction_peak_{length}", [row | {"of_default": row["peak_mb"] / peaks[DEFAULT]} for row in rows])
 
 
 def resident_mb(what: str) -> float:
@@ -114,23 +127,24 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which takes a process a method")
+    parser.add_argument("--peaks", action="store_true", help="measure peak memory, and nothing else")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak_of:
         measure_peak(options.peak_of, options.context, options.budget)
         return
+    names = options.methods or list(METHODS)
+    if options.peaks:
+        write_peaks(names, options.context, options.budget)
+        return
     model, tokenizer = smollm2.load()
     ids = context(tokenizer, options.context)
-    names = options.methods or list(METHODS)
     copies = {DEFAULT: model} | {name: twin(model) for name in names}
     for name in names:
         patch(copies[name], tokenizer, name, options.budget)
     with OwnWork() as own:
         timings = compare(copies, ids, options.repetitions, options.steps, lambda: own.seconds)
     full_bytes = timings[DEFAULT].kv_bytes
-    peaks = {} if options.no_peak else {name: peak_memory(name, options.context, options.budget) for name in names}
-    default_peak = 0.0 if options.no_peak else peak_memory("default", options.context, options.budget)
     rows = []
     for name in names:
         row = {
@@ -140,8 +154,6 @@ def main() -> None:
             "kv_bytes_of_default": timings[name].kv_bytes / full_bytes,
             "prefill_overhead": median(timings[name].own),
         } | timings[name].row()
-        if peaks:
-            row |= {"peak_mb": peaks[name], "default_peak_mb": default_peak, "default_cache_mb": full_bytes / 2**20}
         rows.append(row)
     write_results(f"eviction_speed_{options.context}", rows)
 
