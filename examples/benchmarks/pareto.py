@@ -64,17 +64,17 @@ def measure(windows: int) -> None:
     """Adds to the CSV the points that it lacks."""
     model, tokenizer = smollm2.load()
     done = {(row["method"], row["setting"]) for row in read_results("pareto")} if CSV.exists() else set()
-    plans = {share: healed(model, tokenizer, committed_pairs(round(30 * share))) for share in SHARES}
     protocol = Fidelity(model, tokenizer, windows)
-    for family, setting, methods, options in settings(plans):
-        if (family, setting) not in done:
-            add(family, setting, protocol.of_method(f"{family} {setting}", methods, **options))
     for peer in PEERS:
         reason = missing("transformers", peer)
         if reason:
             print(f"skipping {peer}: {reason}")
         elif ("transformers", peer) not in done:
             add("transformers", peer, protocol.of_peer(peer))
+    plans = {share: healed(model, tokenizer, committed_pairs(round(30 * share))) for share in SHARES}
+    for family, setting, methods, options in settings(plans):
+        if (family, setting) not in done:
+            add(family, setting, protocol.of_method(f"{family} {setting}", methods, **options))
 
 
 def add(family: str, setting: str, rows: list[dict[str, Any]]) -> None:

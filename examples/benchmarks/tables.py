@@ -74,21 +74,50 @@ def orders_table() -> str:
 
 
 def eviction_table() -> str:
-    """Bytes, cost and speed of eviction at 4k context."""
+    """Bytes, cost, speed and peak memory of eviction at 4k context."""
+    peaks = {row["method"]: float(row["peak_mb"]) for row in rows("eviction_peak_4096")}
     lines = [
         [
             row["method"],
             f"{float(row['kv_bytes_of_default']):.3f}",
             f"{float(row['prefill_overhead']):+.1%}",
-            f"{float(row['decode_speedup']):.2f} ({float(row['decode_speedup_min']):.2f} to "
-            f"{float(row['decode_speedup_max']):.2f})",
-            f"{float(row['peak_mb']):.0f} MB",
+            f"{float(row['prefill_speedup']):.2f}",
+            f"{float(row['decode_speedup']):.2f}",
+            f"{peaks[row['method']]:.0f} MB",
         ]
         for row in rows("eviction_speed_4096")
     ]
-    default = float(rows("eviction_speed_4096")[0]["default_peak_mb"])
-    header = ["method", "KV bytes", "added to the prefill", "decode speed (lowest to highest)"]
-    return markdown([*header, f"peak memory of the prefill (default: {default:.0f} MB)"], lines)
+    header = ["method", "KV bytes", "added to the prefill", "prefill speed", "decode speed"]
+    return markdown([*header, f"peak memory of the prefill (default: {peaks['default']:.0f} MB)"], lines)
+
+
+def decode_table() -> str:
+    """Decode speed by context and method, of eviction and of codes."""
+    found: dict[str, dict[int, str]] = {}
+    for name in ("eviction_speed_2048", "eviction_speed_4096", "eviction_speed_8192", "turboquant_speed"):
+        for row in rows(name):
+            if row["method"] != "none" or name != "turboquant_speed":
+                found.setdefault(row["method"], {})[int(row["context"])] = f"{float(row['decode_speedup']):.2f}"
+    lengths = sorted({length for row in found.values() for length in row})
+    lines = [[method, *(own.get(length, "-") for length in lengths)] for method, own in found.items()]
+    return markdown(["method", *(f"{length:,d} tokens" for length in lengths)], lines)
+
+
+def retrieval_table() -> str:
+    """What codes lose on retrieval, all tasks together."""
+    lines = [
+        [
+            row["setting"],
+            row["answers"],
+            f"{float(row['full_accuracy']):.3f}",
+            f"{-100 * float(row['accuracy_lost']):+.1f} ({-100 * float(row['accuracy_lost_high']):+.1f} to "
+            f"{-100 * float(row['accuracy_lost_low']):+.1f})",
+            f"{float(row['nll_added']):+.3f} ({float(row['nll_added_low']):+.3f} to {float(row['nll_added_high']):+.3f})",
+        ]
+        for row in rows("turboquant_tasks")
+        if row["task"] == "all, by accuracy"
+    ]
+    return markdown(["codes", "answers", "accuracy, full cache", "change in points", "change of the NLL"], lines)
 
 
 def peers_table() -> str:
@@ -144,8 +173,10 @@ TABLES = {
     "healing": healing_table,
     "orders": orders_table,
     "eviction": eviction_table,
+    "decode": decode_table,
     "peers": peers_table,
     "quantisation": quantisation_table,
+    "retrieval": retrieval_table,
     "yoco_prefill": yoco_prefill_table,
 }
 
