@@ -54,6 +54,7 @@ BORDER = {
     "demo",
     "evaluation",
     "integrations",
+    "laws",
     "measure",
     "models",
     "planning",
