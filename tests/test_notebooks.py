@@ -12,8 +12,8 @@ from hf_kvcache import smollm2
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-# reads a few hundred tokens with SmolLM2 many times over
-SLOW = {"2_question_agnostic"}
+# those with a real model
+SLOW = {"1_patch_and_compose", "2_question_agnostic"}
 # one namespace for all cells; an error names the cell that it came from
 RUN = """
 import json, sys
