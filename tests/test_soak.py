@@ -242,8 +242,8 @@ def call_assisted(case):
     except NotImplementedError as error:
         assert policy is not None and (policy.deferred or policy.every or shared), error
         return
-    # over shared layers the drafts of the first forward see the prompt undecoded, and where a codec encodes blocks while
-    # decoding, drafts see a block dense that tokens which come alone see encoded
+    # over shared layers the drafts of the first forward see the prompt undecoded, and where a codec encodes blocks
+    # while decoding, drafts see a block dense that tokens which come alone see encoded
     if not shared and not any(codec.lossy and codec.block for codec in case.spec.codecs):
         assert_same(found, generated(case.model, ids)[0])
 
