@@ -5,6 +5,8 @@ kvpress and transformers come from `peers.py` with the same documents, into the 
 
     python examples/benchmarks/plans.py tune
     python examples/benchmarks/plans.py compare
+    python examples/benchmarks/peers.py --name plans --backend ours --documents topics play \\
+        --methods 'auto{"target_ratio": 4}' 'auto{"target_ratio": 8}' 'auto{"target_ratio": 16}'
     python examples/benchmarks/peers.py --name plans --backend transformers --methods quanto4 quanto2 hqq4 \\
         --documents topics play
     PYTHONPATH=. peers/bin/python examples/benchmarks/peers.py --name plans --backend kvpress \\
@@ -57,9 +59,6 @@ def tuned(options: argparse.Namespace) -> None:
                 "kl_continuation": made.verified.continuation,
                 "kl_quotation": made.verified.quotation,
                 "kl_expected": made.expected,
-                "unmeasured_times_smaller": made.uniform.ratio,
-                "unmeasured_kl_continuation": made.uniform.continuation,
-                "unmeasured_kl_quotation": made.uniform.quotation,
                 **measuring,
                 **watch.read("verifying"),
                 "plan": made.plan.summary(),

@@ -164,6 +164,8 @@ def plans_table() -> str:
             method = row["method"].split("{")[0]
             if method == "planned":
                 ratio, method = int(options["plan"].split("-")[-1].split(".")[0]), "**measured plan**"
+            elif method == "auto":
+                ratio, method = int(options["target_ratio"]), "`target_ratio`, not measured"
             elif row["kept"]:
                 ratio, method = round(1 / float(row["kept"])), f"{method}, keeps {float(row['kept']):.1%}"
             else:
@@ -204,14 +206,11 @@ def tuning_table() -> str:
             f"{float(row['times_smaller_than_16_bit']):.2f}",
             f"{float(row['kl_continuation']):.4f}",
             f"{float(row['kl_quotation']):.4f}",
-            f"{float(row['unmeasured_times_smaller']):.2f}",
-            f"{float(row['unmeasured_kl_continuation']):.4f}",
-            f"{float(row['unmeasured_kl_quotation']):.4f}",
             f"{float(row['measuring_processor_seconds']):.0f} + {float(row['verifying_processor_seconds']):.0f} s",
         ]
         for row in rows("plans_tuning")
     ]
-    header = ["asked", "held", "KL", "of a quotation", "unmeasured: held", "KL", "of a quotation", "processor time"]
+    header = ["asked", "times smaller", "KL", "KL of a quotation", "processor time"]
     return markdown(header, lines)
 
 
