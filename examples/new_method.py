@@ -1,6 +1,7 @@
-"""A method of your own: keep the sealed cache in half precision, whatever the model computes in.
+"""A method of your own: a score that says which tokens of a prompt to keep, and the laws of the cache checked for it.
 
-A method is a frozen dataclass that fills one slot of the spec; here the slot is the codec. No registry is needed.
+A method is a frozen dataclass whose fields are its options. It fills one slot of the description of a cache, here the
+scorer, so it composes with what fills the others. No registry is needed, and no other file.
 
     python examples/new_method.py
 """
@@ -8,42 +9,41 @@ A method is a frozen dataclass that fills one slot of the spec; here the slot is
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from hf_kvcache import Method, patch_model, report, smollm2
-from hf_kvcache.codecs import DenseCodec
-
-
-@dataclass(frozen=True)
-class HalfCodec(DenseCodec):
-    """Stores entries in float16 and attends over them in the dtype of the query."""
-
-    name: ClassVar[str] = "half"
-
-    def encode(self, key, value, owners=None, like=None):
-        return super().encode(key.half(), value.half())
-
-    def attend(self, payload, start, shape, query, scale, softcap, mask=None, owners=None):
-        out, lse = super().attend(payload, start, shape, query.half(), scale, softcap, mask)
-        return out.to(query.dtype), lse
+from hf_kvcache import patch_model, report, smollm2
+from hf_kvcache.laws import check_laws
+from hf_kvcache.methods import AdaKV, ScoringMethod, TurboQuant
 
 
 @dataclass(frozen=True)
-class HalfPrecision(Method):
-    """Halves a float32 cache."""
+class LargeValues(ScoringMethod):
+    """Keeps tokens with large values: a small share of attention to them moves the output most.
 
-    name: ClassVar[str] = "half"
-    slot: ClassVar[str] = "codec"
+    Args:
+        power: of the norm; 2 prefers few large numbers to many small ones.
+    """
+
+    name: ClassVar[str] = "large-values"
     paper: ClassVar[str] = "-"
+    while_decoding: ClassVar[bool] = True  # needs nothing but what is held, so it may be asked again
 
-    def apply(self, spec, model):
-        return spec.fill("codec", (HalfCodec(),) * spec.num_layers, by=self.name)
+    sinks: int = 4
+    window: int = 8
+    power: float = 2.0
+
+    def score(self, observation):
+        """`[B, H_kv, T]`, higher for what is to stay."""
+        return observation.value.abs().pow(self.power).sum(-1)
 
 
 if __name__ == "__main__":
-    model, tokenizer = smollm2.load()
-    patch_model(model, HalfPrecision())
-    inputs = tokenizer("The capital of France is Paris. The capital of Germany is" * 8, return_tensors="pt")
-    with torch.no_grad():
-        out = model(**inputs, use_cache=True)
-    print(tokenizer.decode(out.logits[0, -1].argmax()), f"{report(out.past_key_values).ratio:.2f} times smaller")
+    check_laws(LargeValues(budget=24))
+    check_laws([LargeValues(budget=24, every=4), AdaKV(), TurboQuant(bits=8)])
+    if smollm2.available():
+        model, tokenizer = smollm2.load()
+        patch_model(model, [LargeValues(budget=0.5), TurboQuant(bits=4)])
+        inputs = tokenizer(
+            "The capital of France is Paris. The capital of Germany is Berlin. " * 8, return_tensors="pt"
+        )
+        out = model.generate(**inputs, max_new_tokens=8, pad_token_id=0, do_sample=False, return_dict_in_generate=True)
+        print(tokenizer.decode(out.sequences[0, -8:]))
+        print(f"{report(out.past_key_values).ratio:.1f} times smaller")

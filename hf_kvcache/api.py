@@ -63,6 +63,7 @@ def patch_model(
             if old is not None and old.spec.sharing.part_of_model and "sharing" not in spec.filled_by:
                 spec = spec.fill("sharing", old.spec.sharing, old.spec.filled_by["sharing"])
         check_fit(spec)
+        check_processes(target, spec)
         attach(target, probe.adapter, spec, old)
     except BaseException:
         if old is not None:
@@ -235,6 +236,20 @@ def check_fit(spec: CacheSpec) -> None:
         raise ValueError(
             f"the sharing plan was made for the model {spec.sharing.fingerprint}, this one is {spec.fingerprint}; "
             "calibrate a plan for this model"
+        )
+
+
+def check_processes(model: nn.Module, spec: CacheSpec) -> None:
+    """Raises for what would decide by a part of the heads, where processes share a tensor parallel model."""
+    policy = spec.eviction
+    if policy is None or (getattr(model, "tp_size", None) or 1) == 1:
+        return
+    roles = (policy.scorer, policy.allocator, policy.selector)
+    comparing = [role.name for role in roles if getattr(role, "across_heads", False) or getattr(role, "over_layers", 0)]
+    if comparing:
+        raise NotImplementedError(
+            f"{' and '.join(comparing)} would compare heads, but of a tensor parallel model each process holds only some; "
+            "expected methods that decide head by head (snapkv, knorm, streamingllm, turboquant ...)"
         )
 
 

@@ -35,6 +35,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     weight = model.get_input_embeddings().weight
     if weight.device.type == "meta" or not weight.is_floating_point():
         return f"{_digest(text.encode())}-unknown"
+    # of a tensor parallel model every process holds a part
+    gather = getattr(weight, "full_tensor", None)
+    weight = weight if gather is None else gather()
     rows = torch.linspace(0, weight.shape[0] - 1, SAMPLED_ROWS).long()
     sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
     return f"{_digest(text.encode())}-{_digest(sample.view(torch.int16).numpy().tobytes())}"

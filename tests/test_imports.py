@@ -55,6 +55,7 @@ BORDER = {
     "demo",
     "evaluation",
     "integrations",
+    "laws",
     "measure",
     "models",
     "planning",

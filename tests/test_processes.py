@@ -71,6 +71,11 @@ dist.init_process_group("gloo")
 mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
 model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, dtype=torch.float32)
 model.generation_config.pad_token_id = 0
+try:
+    patch_model(model, "adakv", budget=0.5)
+    raise RuntimeError("heads of other processes were ignored")
+except NotImplementedError as error:
+    assert "adakv would compare heads" in str(error), error
 for name, options in {options!r}.items():
     patch_model(model, **options)
     ids = random_ids(1, 40)

@@ -72,14 +72,18 @@ def write_results(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def add_results(name: str, row: dict[str, Any], key: Sequence[str]) -> None:
-    """Prints a row and adds it to `results/<name>.csv`; it replaces the row with the same values of `key`."""
+    """Prints a row and adds it to `results/<name>.csv`; it replaces the row with the same values of `key`.
+
+    A row may bring columns that the table has not had: earlier rows are left blank there.
+    """
     row = {column: _text(value) for column, value in (row | made_by()).items()}
     path = RESULTS / f"{name}.csv"
     rows = read_results(name) if path.exists() else []
-    if rows and list(rows[0]) != list(row):
-        raise ValueError(f"{path} has other columns than the row to add; move it away: {list(rows[0])}")
+    if rows and not set(rows[0]) <= set(row):
+        raise ValueError(f"{path} has columns that the row to add has not; move it away: {set(rows[0]) - set(row)}")
     print({column: value for column, value in row.items() if column not in made_by()})
-    _write(name, [other for other in rows if any(other[column] != row[column] for column in key)] + [row])
+    others = [other for other in rows if any(other[column] != row[column] for column in key)]
+    _write(name, [{column: other.get(column) for column in row} for other in others] + [row])
 
 
 def read_results(name: str) -> list[dict[str, str]]:

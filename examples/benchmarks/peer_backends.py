@@ -20,7 +20,7 @@ from peer_protocol import PREFIX, Document, token_by_token
 from torch import Tensor
 
 from hf_kvcache.measure import Continuation, continued
-from hf_kvcache.testing import live_bytes
+from hf_kvcache.testing import live_bytes, live_tensors
 
 
 class Backend:
@@ -44,12 +44,32 @@ class Backend:
         """Scores `ids` `[1, T]` after the document's prefix on a fresh copy of its cache."""
         return continued(self.model, self.fresh(cache, document), ids, PREFIX)
 
+    def held(self, cache: Any) -> Any:
+        """The cache, and what is kept for it elsewhere."""
+        return cache
+
     def held_bytes(self, cache: Any) -> int:
-        """Bytes of all storages that the cache keeps alive, and of what is kept for it elsewhere."""
-        return live_bytes(cache)
+        """Bytes of all storages that the cache keeps alive."""
+        return live_bytes(self.held(cache))
+
+    def times_smaller(self, cache: Any, tokens: int) -> float:
+        """How many times smaller a cache of so many tokens is than one that keeps everything, in a model in 16 bits."""
+        config = self.model.config
+        width = 2 * config.num_key_value_heads * (self.model.model.layers[0].self_attn.head_dim)
+        return 2 * config.num_hidden_layers * tokens * width / bytes_in_16_bit(self.held(cache))
 
     def close(self) -> None:
         """Leaves the model as it was."""
+
+
+def bytes_in_16_bit(root: Any) -> int:
+    """`live_bytes` as they are where the model is in 16 bits: what is held in float32 takes half of it."""
+    sizes = {}
+    for tensor in live_tensors(root):
+        if tensor.dim():
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes() // (2 if tensor.dtype == torch.float32 else 1)
+    return sum(sizes.values())
 
 
 class Ours(Backend):
@@ -65,7 +85,7 @@ class Ours(Backend):
         options = json.loads(found[2] or "{}")
         if self.kept is not None:
             options["budget"] = self.kept
-        patch_model(self.model, None if found[1] == "none" else found[1], **options)
+        patch_model(self.model, None if found[1] == "none" else found[1], tokenizer=self.tokenizer, **options)
 
     def close(self) -> None:
         from hf_kvcache import unpatch_model
@@ -125,9 +145,9 @@ class KVPress(Backend):
             # head-wise presses find no stand-in key for many queries at once, and need the masks of the prefill
             return token_by_token(self.model, self.prefill(document.prefix), ids, PREFIX)
 
-    def held_bytes(self, cache: Any) -> int:
+    def held(self, cache: Any) -> Any:
         masks = [getattr(layer.self_attn, "masked_key_indices", None) for layer in self.model.model.layers]
-        return live_bytes([cache, *(mask for mask in masks if mask is not None)])
+        return [cache, *(mask for mask in masks if mask is not None)]
 
     def close(self) -> None:
         for layer in self.model.model.layers:

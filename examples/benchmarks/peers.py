@@ -2,7 +2,8 @@
 
 kvpress needs transformers < 5.3, so it runs in an environment of its own; rows of equal documents have equal `sha`.
 Bytes are those of live storages relative to a full float32 cache, right after the prefill and after two decode steps
-(views of the dense prefill are gone by then).
+(views of the dense prefill are gone by then). "Times smaller" compares with a full cache of a model in 16 bits, in
+which what is held in the model's dtype takes half of what it takes here.
 
     python examples/benchmarks/peers.py --backend ours --methods none 'kvsharer{"plan": "plan.safetensors"}'
     python examples/benchmarks/peers.py --backend ours --methods snapkv snapkv+criticalkv --kept 0.5 0.25
@@ -37,6 +38,8 @@ MEASURED = (
     "needle_nll",
     "needle_accuracy",
     "prefill_cpu_seconds",
+    "times_smaller_than_16_bit",
+    "times_smaller_after_steps",
 )
 STEPS = 2
 
@@ -55,6 +58,8 @@ def measured(method: Backend, full: Continuation, document: Document) -> dict[st
         "bytes_share_after_steps": method.held_bytes(stepped) / (full.kv_bytes * (PREFIX + STEPS) / PREFIX),
         **dict(scores(method, cache, full, document)),
         "prefill_cpu_seconds": seconds,
+        "times_smaller_than_16_bit": method.times_smaller(cache, PREFIX),
+        "times_smaller_after_steps": method.times_smaller(stepped, PREFIX + STEPS),
     }
 
 
@@ -83,27 +88,47 @@ def main() -> None:
 
 def run(name: str, model: Any, tokenizer: Any, document: Document, options: argparse.Namespace) -> None:
     """Measures every method on one document, and adds each row to the table at once."""
-    full = continuation(model, torch.cat([document.prefix, document.natural], dim=1), PREFIX)
-    library = {"ours": "hf_kvcache", "kvpress": "kvpress"}.get(options.backend, options.backend)
+    full = reference(model, document)
     for method in options.methods or DEFAULTS[options.backend]:
-        reason = missing(options.backend, method)
-        if reason:
-            print(f"skipping {method}: {reason}")
-            continue
         for kept in options.kept:
-            row: dict[str, Any] = {
-                **dict(zip(KEY, (name, options.backend, method, kept, document.name, options.aware))),
-                **dict.fromkeys(MEASURED, ""),
-                "error": "",
-                "sha": document.sha,
-                "library": f"{library} {_version(library)}",
-            }
-            try:
-                with opened(options.backend, model, tokenizer, method, kept) as opened_method:
-                    row |= measured(opened_method, full, document)
-            except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
-                row["error"] = f"{type(error).__name__}: {error}"[:200]
-            add_results(options.name, row, KEY)
+            key = (name, options.backend, method, kept, document.name, options.aware)
+            add(options.name, key, model, tokenizer, full, document)
+
+
+def reference(model: Any, document: Document) -> Continuation:
+    """The natural continuation of a document with the full cache."""
+    return continuation(model, torch.cat([document.prefix, document.natural], dim=1), PREFIX)
+
+
+def add(table: str, key: tuple, model: Any, tokenizer: Any, full: Continuation, document: Document) -> None:
+    """Measures one method on one document, and adds the row to a table.
+
+    Args:
+        table: name of the CSV in results/.
+        key: the values of `KEY`.
+        model, tokenizer: unpatched.
+        full: `reference` of the document.
+        document: to measure on.
+    """
+    _, backend, method, kept, _, _ = key
+    reason = missing(backend, method)
+    if reason:
+        print(f"skipping {method}: {reason}")
+        return
+    library = {"ours": "hf_kvcache", "kvpress": "kvpress"}.get(backend, backend)
+    row: dict[str, Any] = {
+        **dict(zip(KEY, key)),
+        **dict.fromkeys(MEASURED, ""),
+        "error": "",
+        "sha": document.sha,
+        "library": f"{library} {_version(library)}",
+    }
+    try:
+        with opened(backend, model, tokenizer, method, kept) as opened_method:
+            row |= measured(opened_method, full, document)
+    except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        row["error"] = f"{type(error).__name__}: {error}"[:200]
+    add_results(table, row, KEY)
 
 
 def _version(library: str) -> str:

@@ -5,9 +5,13 @@ python examples/benchmarks/tables.py
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from common import RESULTS
 from common import read_results as rows
 
 # the texts that every library was run on
@@ -168,7 +172,105 @@ def yoco_prefill_table() -> str:
     return markdown(["model", *(f"{length:,d} tokens" for length in lengths), "KV bytes at the last"], lines)
 
 
+def pareto_figure() -> str:
+    """The plot of `pareto.py`, where it was drawn."""
+    drawn = (RESULTS / "pareto.png").exists()
+    return "![KL against bytes, by method](examples/benchmarks/results/pareto.png)" if drawn else ""
+
+
+def plans_table() -> str:
+    """Measured plans beside single methods of all libraries, by the ratio asked for: means over the documents."""
+    names = {"ours": "hf_kvcache", "kvpress": "kvpress 0.5.5", "transformers": "transformers"}
+    found: dict[tuple[int, str, str], list[dict[str, str]]] = {}
+    for row in rows("plans"):
+        if row["document"] in DOCUMENTS and not row["error"]:
+            options = json.loads(re.sub(r"^[^{]*", "", row["method"]) or "{}")
+            method = row["method"].split("{")[0]
+            if method == "planned":
+                ratio, method = int(options["plan"].split("-")[-1].split(".")[0]), "**measured plan**"
+            elif method == "auto":
+                ratio, method = int(options["target_ratio"]), "`target_ratio`, not measured"
+            elif row["kept"]:
+                ratio, method = round(1 / float(row["kept"])), f"{method}, keeps {float(row['kept']):.1%}"
+            else:
+                ratio = min(RATIOS, key=lambda ratio: abs(math.log(_smaller(row) / ratio)))
+                method += "".join(f" {name[0]}{bits}" for name, bits in options.items())
+            found.setdefault((ratio, method, row["backend"]), []).append(row)
+    lines: list[tuple[int, float, list[str]]] = []
+    for (ratio, method, backend), some in found.items():
+        if len(some) == len(DOCUMENTS):
+            smaller, kl, recall, accuracy, nll = (
+                sum(figure(row) for row in some) / len(some) for figure in (_smaller, *map(_figure, PLAN_FIGURES))
+            )
+            held = f"{smaller:.2f}" if smaller > ratio / 2 else f"{smaller:.2f}: keeps everything and masks"
+            shown = [f"{kl:.4f}", f"{recall:.2f}", f"{accuracy:.2f}", f"{nll:.2f}"]
+            lines.append((ratio, kl, [str(ratio), method, names[backend], held, *shown]))
+    header = ["asked", "method", "library", "times smaller", "KL", "recall", "needles", "their NLL"]
+    return markdown(header, [line for _, _, line in sorted(lines, key=lambda line: line[:2])])
+
+
+RATIOS = (4, 8, 16)
+PLAN_FIGURES = ("natural_kl", "recall_nll", "needle_accuracy", "needle_nll")
+
+
+def _figure(name: str) -> Callable[[dict[str, str]], float]:
+    return lambda row: float(row[name])
+
+
+def _smaller(row: dict[str, str]) -> float:
+    """Of the two times at which bytes are counted the better one: kvpress holds views of the dense prefill at first."""
+    return max(float(row["times_smaller_than_16_bit"]), float(row["times_smaller_after_steps"]))
+
+
+def tuning_table() -> str:
+    """What making the plans took, and what they lose on the windows held back."""
+    lines = [
+        [
+            row["ratio"],
+            f"{float(row['times_smaller_than_16_bit']):.2f}",
+            f"{float(row['kl_continuation']):.4f}",
+            f"{float(row['kl_quotation']):.4f}",
+            f"{float(row['measuring_processor_seconds']):.0f} + {float(row['verifying_processor_seconds']):.0f} s",
+        ]
+        for row in rows("plans_tuning")
+    ]
+    header = ["asked", "times smaller", "KL", "KL of a quotation", "processor time"]
+    return markdown(header, lines)
+
+
+def lm_eval_table() -> str:
+    """Differences to lm-eval's own scores over all tasks, and speed."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows("lm_eval_scores")):
+        own = [row for row in rows("lm_eval_scores") if row["method"] == method]
+        again = [float(row["difference_of_a_second_run"]) for row in own if row["difference_of_a_second_run"]]
+        lines.append(
+            [
+                method,
+                str(len(own)),
+                f"{max(float(row['relative_difference']) for row in own):.1e}",
+                f"{sum(float(row['relative_difference']) > 1e-5 for row in own)}",
+                f"{max(again):.1e}" if again else "-",
+            ]
+        )
+    header = ["method", "tasks", "largest difference to lm-eval", "tasks that differ", "of a second run"]
+    return markdown(header, lines)
+
+
+def lm_eval_speed_table() -> str:
+    """Speed of our lm-eval model with nothing lost."""
+    lines = [
+        [
+            row["task"],
+            f"{float(row['speed_to_lm_eval']):.2f} ({float(row['lowest']):.2f} to {float(row['highest']):.2f})",
+        ]
+        for row in rows("lm_eval_speed")
+    ]
+    return markdown(["task", "speed relative to lm-eval's own model (lowest to highest)"], lines)
+
+
 TABLES = {
+    "pareto": pareto_figure,
     "speed": speed_table,
     "healing": healing_table,
     "orders": orders_table,
@@ -178,6 +280,10 @@ TABLES = {
     "quantisation": quantisation_table,
     "retrieval": retrieval_table,
     "yoco_prefill": yoco_prefill_table,
+    "plans": plans_table,
+    "tuning": tuning_table,
+    "lm_eval": lm_eval_table,
+    "lm_eval_speed": lm_eval_speed_table,
 }
 
 

@@ -24,17 +24,19 @@ class ChunkedCodec(ABC):
     """A `Codec` that can decode any range of its entries.
 
     Attributes:
-        shared: names in the payload that do not count entries. `like` `[1]` has the dtype of what was encoded.
+        shared: names in the payload that do not count entries. `like` has the dtype of what was encoded.
+        of_owners: names of those that count owners.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("like",)
+    of_owners: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Key and value `[last - first, D]` of the entries from `first` to before `last`."""
 
     def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.decode_range(payload, 0, next(len(payload[name]) for name in payload if name not in self.shared))
+        return self.decode_range(payload, 0, next(len(payload[name]) for name in payload if name not in self._constant))
 
     def attend(
         self,
@@ -79,7 +81,12 @@ class ChunkedCodec(ABC):
         return torch.cat(outs).view(query.shape), torch.cat(lses).view(query.shape[:3])
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
-        return select_entries(payload, index, shared=self.shared)
+        return select_entries(payload, index, owners, self.shared, self.of_owners)
 
     def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=self.shared)
+        return join_entries(payloads, shared=self._constant)
+
+    @property
+    def _constant(self) -> tuple[str, ...]:
+        """Names of what does not count entries."""
+        return (*self.shared, *self.of_owners)

@@ -21,6 +21,7 @@ Attention decodes a few thousand entries at a time; keys and values are rotated 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,7 +47,10 @@ class PaperTurboQuantCodec(ChunkedCodec):
     """Keys by the chosen variant, values by TurboQuant_mse.
 
     Payload, with x one of key and value and i the number of the instance (0 the outliers, 1 the others): `x_i_codes`,
-    `x_i_norm`; of the keys of prod `key_i_signs`, `key_i_residual`; and `x_order` `[D]`, the channels, outliers first.
+    `x_i_norm`; and of the keys of prod `key_i_signs`, `key_i_residual`. Where a width is fractional, every owner has
+    its own outliers, so that a row of a batch is encoded as it is alone: `x_order` `[n, D]`, the channels, outliers
+    first; `orders` `[owners]`, which of the n is an owner's; and `order` `[N]`, which an entry was encoded by, unless
+    the entries lie owner by owner, as many of each.
 
     Args:
         key_bits, value_bits: 2, 2.5, 3, 3.5, 4 or 8; prod takes 2, 3 and 4.
@@ -59,6 +63,7 @@ class PaperTurboQuantCodec(ChunkedCodec):
     name: ClassVar[str] = "turboquant-paper"
     lossy: ClassVar[bool] = True
     shared: ClassVar[tuple[str, ...]] = ("like", "key_order", "value_order")
+    of_owners: ClassVar[tuple[str, ...]] = ("orders",)
 
     key_bits: float = 4
     value_bits: float = 4
@@ -78,14 +83,25 @@ class PaperTurboQuantCodec(ChunkedCodec):
         check_head_dim(key, value)
         check_finite(key=key, value=value)
         payload = {"like": key.new_zeros(1)}
-        for name, tensor, bits in (("key", key, self.key_bits), ("value", value, self.value_bits)):
-            x = tensor.to(torch.float32)
-            given = None if like is None else like[f"{name}_order"]
-            order = torch.argsort(x.square().sum(0), descending=True, stable=True) if given is None else given.long()
-            payload[f"{name}_order"] = order.to(torch.int16)
+        widths = {"key": self.key_bits, "value": self.value_bits}
+        if any(bits != int(bits) for bits in widths.values()):
+            owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.to(key.device)
+            count = int(owner.max()) + 1 if len(owner) else 1
+            orders = torch.arange(count, device=key.device) if like is None else like["orders"].long()
+            # owners behind the last one that had an entry take its order, as good as any
+            order = orders[owner.clamp(max=len(orders) - 1)]
+            payload["orders"] = orders.to(torch.int16)
+            if not torch.equal(order, _in_turn(torch.arange(len(order), device=key.device), len(order), count)):
+                payload["order"] = order.to(torch.int16)
+        for name, tensor in (("key", key), ("value", value)):
+            x, bits = tensor.to(torch.float32), widths[name]
+            if bits != int(bits):
+                by_owner = _orders(x, owner, count) if like is None else like[f"{name}_order"]
+                payload[f"{name}_order"] = by_owner.to(torch.int16)
+                x = x.gather(1, by_owner[order].long())
             parts = self._parts(bits, x.shape[1])
             for number, (part, (width, _)) in enumerate(
-                zip(x[:, order].split([count for _, count in parts], dim=1), parts, strict=True)
+                zip(x.split([count for _, count in parts], dim=1), parts, strict=True)
             ):
                 payload |= {f"{name}_{number}_{what}": t for what, t in self._encode(part, width, name).items()}
         return payload
@@ -130,14 +146,42 @@ class PaperTurboQuantCodec(ChunkedCodec):
     def decode_range(self, payload: Payload, first: int, last: int) -> tuple[Tensor, Tensor]:
         decoded = []
         for name, bits in (("key", self.key_bits), ("value", self.value_bits)):
-            order = payload[f"{name}_order"].long()
             parts = [
                 self._decode_part(payload, f"{name}_{number}", slice(first, last), width, count)
-                for number, (width, count) in enumerate(self._parts(bits, len(order)))
+                for number, (width, count) in enumerate(self._parts(bits, self._dim(payload, name, bits)))
             ]
             x = torch.cat(parts, dim=1)
-            decoded.append(torch.empty_like(x).index_copy_(1, order, x).to(payload["like"].dtype))
+            if bits != int(bits):
+                order = self._order_of(payload, torch.arange(first, last, device=x.device))
+                x = torch.empty_like(x).scatter_(1, payload[f"{name}_order"][order].long(), x)
+            decoded.append(x.to(payload["like"].dtype))
         return decoded[0], decoded[1]
+
+    def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
+        return super().select(self._with_order(payload), index, owners)
+
+    def join(self, payloads: Sequence[Payload]) -> Payload:
+        return super().join([self._with_order(payload) for payload in payloads])
+
+    def _with_order(self, payload: Payload) -> Payload:
+        """The payload with an order for every entry, where channels have orders."""
+        if "orders" not in payload or "order" in payload:
+            return payload
+        entries = torch.arange(len(payload["key_0_codes"]), device=payload["like"].device)
+        return payload | {"order": self._order_of(payload, entries).to(torch.int16)}
+
+    def _order_of(self, payload: Payload, entries: Tensor) -> Tensor:
+        """Which order of channels some entries were encoded by."""
+        if "order" in payload:
+            return payload["order"][entries].long()
+        return _in_turn(entries, len(payload["key_0_codes"]), len(payload["orders"]))
+
+    def _dim(self, payload: Payload, name: str, bits: float) -> int:
+        """D."""
+        if bits != int(bits):
+            return payload[f"{name}_order"].shape[1]
+        width = int(bits) - (f"{name}_0_signs" in payload)
+        return payload[f"{name}_0_codes"].shape[1] * 8 // width
 
     def _decode_part(self, payload: Payload, prefix: str, entries: slice, bits: int, dim: int) -> Tensor:
         codes, norm = (payload[f"{prefix}_{what}"][entries] for what in ("codes", "norm"))
@@ -151,6 +195,17 @@ class PaperTurboQuantCodec(ChunkedCodec):
             signs = _unpack_signs(payload[f"{prefix}_signs"][entries])
             x += math.sqrt(math.pi / 2) / dim * length[:, None] * (signs @ _projection(dim, self.seed, x.device))
         return x
+
+
+def _in_turn(entries: Tensor, total: int, owners: int) -> Tensor:
+    """The owners of some of `total` entries that lie owner by owner, as many of each."""
+    return entries // max(total // owners, 1)
+
+
+def _orders(x: Tensor, owner: Tensor, count: int) -> Tensor:
+    """The channels of every owner of entries `[N, D]`, those of most energy first: `[count, D]`."""
+    energy = x.new_zeros(count, x.shape[1]).index_add_(0, owner, x.square())
+    return energy.argsort(dim=1, descending=True, stable=True)
 
 
 def _projection(dim: int, seed: int, device: torch.device) -> Tensor:

@@ -31,8 +31,8 @@ class UniformCodec(ChunkedCodec):
     """Codes with a step and a zero for every group.
 
     Payload: `key_codes`, `value_codes` `[N, D * bits / 8]`; `value_step`, `value_zero` `[N, groups]`; of keys the same,
-    or, counting groups of consecutive entries instead of entries, `[groups, D]`. Once entries were selected these
-    groups are not consecutive any more, and `key_group` `[N]` says which is whose.
+    or, counting groups of consecutive entries of one owner instead of entries, `[groups, D]`; `key_group` `[N]` says
+    which is whose, unless all groups are full and lie one behind the other.
 
     Args:
         key_bits, value_bits: 2, 3, 4 or 8 bits a number.
@@ -63,9 +63,14 @@ class UniformCodec(ChunkedCodec):
         check_head_dim(key, value)
         check_finite(key=key, value=value)
         by_channel = self.key_axis == "channel"
-        key_codes, key_step, key_zero = (self._by_channel if by_channel else self._by_token)(key, self.key_bits)
+        group = None
+        if by_channel:
+            group = self._groups(owners, key)
+            key_codes, key_step, key_zero = _by_channel(key, self.key_bits, group)
+        else:
+            key_codes, key_step, key_zero = self._by_token(key, self.key_bits)
         value_codes, value_step, value_zero = self._by_token(value, self.value_bits)
-        return {
+        payload = {
             "key_codes": pack(key_codes, self.key_bits),
             "key_step": stored(key_step),
             "key_zero": stored(key_zero),
@@ -74,6 +79,9 @@ class UniformCodec(ChunkedCodec):
             "value_zero": stored(value_zero),
             "like": key.new_zeros(1),
         }
+        if group is not None and not torch.equal(group, torch.arange(len(group)).to(group) // self.group_size):
+            payload["key_group"] = group.to(torch.int32)
+        return payload
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         if self.key_axis == "token":
@@ -106,12 +114,18 @@ class UniformCodec(ChunkedCodec):
         codes, step, zero = _grid(x.to(torch.float32).view(len(x), -1, size), bits, dim=2)
         return codes.view(x.shape), step.squeeze(2), zero.squeeze(2)
 
-    def _by_channel(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes `[N, D]`, steps and zeros `[groups of tokens, D]`; the last group may be short."""
-        missing = -len(x) % self.group_size
-        padded = torch.cat([x, x[-1:].expand(missing, -1)]).to(torch.float32)
-        codes, step, zero = _grid(padded.view(-1, self.group_size, x.shape[1]), bits, dim=1)
-        return codes.view(padded.shape)[: len(x)], step.squeeze(1), zero.squeeze(1)
+    def _groups(self, owners: Tensor | None, key: Tensor) -> Tensor:
+        """The group of every entry `[N]`: `group_size` consecutive entries of one owner; its last group may be short.
+
+        Groups over several owners would make what is stored of a row depend on the other rows of its batch.
+        """
+        owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.to(key.device)
+        order = owner.argsort(stable=True)
+        count = owner.bincount()
+        rank = torch.empty_like(owner)
+        rank[order] = torch.arange(len(owner), device=key.device) - (count.cumsum(0) - count)[owner[order]]
+        groups = (count + self.group_size - 1) // self.group_size
+        return (groups.cumsum(0) - groups)[owner] + rank // self.group_size
 
     def _group_of(self, payload: Payload, entries: Tensor) -> Tensor:
         """The group of the keys of some entries."""
@@ -137,6 +151,19 @@ def _grid(x: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     zero = as_stored(x.amin(dim, keepdim=True))
     step = as_stored((x.amax(dim, keepdim=True) - zero) / (2**bits - 1))
     codes = ((x - zero) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8), step, zero
+
+
+def _by_channel(x: Tensor, bits: int, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[N, D]` of entries in groups `[N]`, steps and zeros `[groups, D]`."""
+    x = x.to(torch.float32)
+    count = int(group.max()) + 1 if len(group) else 0
+    index, empty = group[:, None].expand_as(x), x.new_empty(count, x.shape[1])
+    lowest = empty.scatter_reduce(0, index, x, "amin", include_self=False)
+    highest = empty.scatter_reduce(0, index, x, "amax", include_self=False)
+    zero = as_stored(lowest)
+    step = as_stored((highest - zero) / (2**bits - 1))
+    codes = ((x - zero[group]) / step[group].clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
     return codes.to(torch.uint8), step, zero
 
 

@@ -40,6 +40,7 @@ class AdaKV(EvictionMethod):
     name: ClassVar[str] = "adakv"
     slot: ClassVar[str] = "allocator"
     paper: ClassVar[str] = "arXiv 2407.11550"
+    across_heads: ClassVar[bool] = True
 
     alpha: float = 0.2
     safeguard: str = "mix"

@@ -48,6 +48,7 @@ class CriticalKV(EvictionMethod):
     name: ClassVar[str] = "criticalkv"
     slot: ClassVar[str] = "selector"
     paper: ClassVar[str] = "arXiv 2502.03805"
+    across_heads: ClassVar[bool] = True
 
     first_stage: float = 0.5
     norm: str = "l1"

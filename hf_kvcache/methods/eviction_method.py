@@ -26,6 +26,8 @@ class EvictionMethod(Method):
 
     # of allocators: whether they must see all layers at once
     over_layers: ClassVar[bool] = False
+    # whether one head's tokens are chosen by looking at other heads, which another process may hold
+    across_heads: ClassVar[bool] = False
 
     budget: int | float | None = field(default=None, kw_only=True)
     every: int | None = field(default=None, kw_only=True)

@@ -49,6 +49,7 @@ class HeadKV(EvictionMethod):
     name: ClassVar[str] = "headkv"
     slot: ClassVar[str] = "allocator"
     paper: ClassVar[str] = "arXiv 2410.19258"
+    across_heads: ClassVar[bool] = True
 
     importance: HeadImportance | str | Path | None = None
     beta: float = 1.2

@@ -28,6 +28,7 @@ class TOVA(ScoringMethod):
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "arXiv 2401.06104"
     while_decoding: ClassVar[bool] = True
+    across_heads: ClassVar[bool] = True
 
     @property
     def queries(self) -> int:

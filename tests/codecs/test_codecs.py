@@ -54,6 +54,24 @@ def oracle(query, key, value, scale, softcap, mask):
 
 
 @every_codec
+@pytest.mark.parametrize("tokens", [64, 41])
+def test_an_owner_is_encoded_as_it_is_alone(codec, tokens):
+    """A row of a batch must not depend on the others, however many tokens each has."""
+    key, value, owners = entries(tokens=tokens)
+    keep = torch.arange(len(owners)) % 7 > 0
+    keep[: tokens // 2] = True
+    for kept in (torch.ones_like(keep), keep):
+        key_, value_, owners_ = key[kept], value[kept], owners[kept]
+        together = codec.decode(codec.encode(key_, value_, owners_), owners_)
+        for owner in range(OWNERS):
+            own = owners_ == owner
+            none = torch.zeros(int(own.sum()), dtype=torch.long)
+            alone = codec.decode(codec.encode(key_[own], value_[own], none), none)
+            for mine, theirs in zip(together, alone, strict=True):
+                torch.testing.assert_close(mine[own], theirs, rtol=1e-4, atol=1e-4)
+
+
+@every_codec
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("start", "shape"), [(0, (2, 2, 96)), (96, (1, 2, 96)), (0, (12, 1, 32)), (192, (4, 1, 16))])
