@@ -30,9 +30,13 @@ class Sequential(Method):
     Args:
         store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
         codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
-            or a page codec of your own.
+            `"auto"`, for every page the one that brings it back soonest (`sequential.auto`); or a page codec of your
+            own.
         quality: of `residual`: the higher, the finer the step (see `sequential.residual`); None for its default.
         basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
+            With `auto`, `residual` is chosen only where one of these two allows it.
+        bandwidth: of `auto`, bytes a second from the store; None to measure it.
+        prefill_rate: of `auto`, tokens a second; None to measure it.
     """
 
     name: ClassVar[str] = "sequential"
@@ -43,6 +47,8 @@ class Sequential(Method):
     codec: str | PageCodec = "lossless"
     quality: float | None = None
     basis: str | Path | Basis | None = None
+    bandwidth: float | None = None
+    prefill_rate: float | None = None
 
     def __post_init__(self):
         if self.store is None or self.store == "":
@@ -63,6 +69,8 @@ class Sequential(Method):
             raise TypeError(f"store must be a folder, a URL or a PrefixStore, got {type(store).__name__}")
         codec = self.codec
         if isinstance(codec, str):
-            options: dict[str, Any] = {"quality": self.quality, "basis": self.basis}
+            options: dict[str, Any] = {
+                name: getattr(self, name) for name in ("quality", "basis", "bandwidth", "prefill_rate")
+            }
             codec = make_codec(codec, page_size=store.page_size, fingerprint=spec.fingerprint, **options)
         return spec.fill("prefix", StoreSource(store, codec), by=self.name)
