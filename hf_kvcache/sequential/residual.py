@@ -186,9 +186,7 @@ def _restored_parts(sections: Any, geometry: Geometry) -> tuple[Part, ...]:
         raise PageError(f"a page without a basis must carry {geometry.numbers} means and {heads} deviations")
     mean, scale = (torch.from_numpy(np.frombuffer(data, np.float16).astype(np.float32)) for data in (means, scales))
     by_member = scale.clamp_min(1e-6).reciprocal().split(2 * geometry.heads)
-    weights = tuple(
-        own[:, None, None] * torch.eye(dim) for own, dim in zip(by_member, 2 * geometry.dims, strict=True)
-    )
+    weights = tuple(own[:, None, None] * torch.eye(dim) for own, dim in zip(by_member, 2 * geometry.dims, strict=True))
     return (Part(tuple(range(len(geometry.producers))), mean, weights, None),)
 
 
