@@ -1,4 +1,4 @@
-"""How well keys and values can be predicted: the readings of the paper's second layer, and what beats them. Float32, CPU.
+"""How well keys and values can be predicted: the paper's second layer as it reads, and what beats it. Float32, CPU.
 
     python examples/benchmarks/sequential_predictors.py
 
@@ -6,8 +6,8 @@ R2 is 1 - |error|^2 / |x - mean|^2 over keys without RoPE, or values, of tokens 
 mean over layers. Linear maps are fitted to the calibration sample. A predictor saves half of log2(1 / (1 - R2)) bits a
 number at best.
 
-    expected 16   the paper read literally: keys and values of the 16 likeliest next tokens, computed by the model, in the
-                  mean under their probabilities; 16 forward passes a token
+    expected 16   the paper read literally: keys and values of the 16 likeliest next tokens, computed by the model, in
+                  the mean under their probabilities; 16 forward passes a token
     argmax        those of the likeliest token alone; one forward pass
     previous      a linear map of the same layer's keys and values of the token before
     lower-layer   a linear map of keys and values of the layer below
@@ -95,7 +95,7 @@ def linear(train: list[Tensor], test: list[Tensor], features: Any, kind: int) ->
 
 
 def candidates(model: Any, logits: Tensor, before: Page, context: Context) -> tuple[Tensor, Tensor]:
-    """Probabilities `[k]` of the likeliest tokens behind a page, and the keys and values `[2, L, k, C]` they would have."""
+    """Probabilities `[k]` of the likeliest tokens behind a page, and the keys and values `[2, L, k, C]` of theirs."""
     attachment = require_attached(model)
     likely = logits.softmax(-1).topk(CANDIDATES)
     cache, kept = cache_of(model, [before]), {}

@@ -146,7 +146,8 @@ def _read(model: nn.Module, ids: Tensor, generator: torch.Generator | None) -> t
     with, gradients with respect to those of the first half."""
     attachment = require_attached(model)
     decoder = attachment.adapter.find_decoder(model)
-    cache, kept = new_cache(model), {}
+    cache = new_cache(model)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
     for index, layer in cache.producers.items():
         layer.witness = partial(_keep, kept, index)
     ids = ids.to(decoder.device)

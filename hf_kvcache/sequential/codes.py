@@ -1,10 +1,10 @@
 """Packing small integers, most of them zero, in about the bits that they carry.
 
 Rows are components, columns tokens. Every row has a class, the mean size of its codes in thirds of an octave, and all
-codes of one class are range coded under one table of frequencies, which the page carries. What was decoded of a token
-says more: where its codes have been larger than their classes promised, its next ones are coded a class or two higher.
-Of large codes the low bits are as good as random and are kept as they are; of the rest, those that reach far are listed.
-A row of zeros takes nothing but its class.
+codes of one class are range coded (`rans`) under one table of frequencies, which the page carries. What was decoded of
+a token says more: where its codes have been larger than their classes promised, its next ones are coded a class or two
+higher. Of large codes the low bits are as good as random and are kept as they are; of the rest, those that reach far
+are listed. A row of zeros takes nothing but its class.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Range coding (rANS) of many small integers in numpy: one coder a column, all of them side by side.
 
-Symbols are coded row by row. Every column has a state of its own, the states share one stream of 16-bit words, and every
-symbol names the table of frequencies that it is coded under. Duda's asymmetric numeral systems (arXiv 1311.2540),
+Symbols are coded row by row. Every column has a state of its own, the states share one stream of 16-bit words, and
+every symbol names the table of frequencies that it is coded under. Duda's asymmetric numeral systems (arXiv 1311.2540),
 interleaved as in Giesen (arXiv 1402.3392). Integers throughout, so what one machine wrote another one reads.
 """
 
