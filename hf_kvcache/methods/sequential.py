@@ -1,6 +1,6 @@
-"""`Sequential`: prompts are kept in a store of pages, and a prompt that begins like an earlier one is not read again.
+"""`Sequential`: a codec for *stored, offloaded and shared* caches; it does not shrink the cache that attention reads.
 
-A codec for *stored, offloaded and shared* caches: it does not shrink the cache that attention reads. What a run adopts
+Prompts are kept in a store of pages, and a prompt that begins like an earlier one is not read again: what a run adopts
 is materialised and then held as the other methods say. The paper (arXiv 2604.15356) has two layers: prefixes that
 sessions share are stored once (`sequential.store`), and each page is coded (`codec`).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequential(Method):
-    """Looks prompts up in a store, reads only what is not there, and keeps what it read.
+    """Keeps prompts in a store and reads only what is not there; what attention reads stays as large as it is.
 
     Prompts are stored as the attention of the prompt saw them, before eviction and codes, so one store serves all
     compositions, and with a codec that loses nothing a hit gives the tokens of a cold run.
