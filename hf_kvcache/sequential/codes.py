@@ -1,16 +1,14 @@
 """Packing small integers, most of them zero, in about the bits that they carry.
 
 Rows are components, columns tokens. Every row has a class, the mean size of its codes in thirds of an octave, and all
-codes of one class are range coded (`rans`) under one table of frequencies, which the page carries. What was decoded of
-a token says more: where its codes have been larger than their classes promised, its next ones are coded a class or two
-higher. Of large codes the low bits are as good as random and are kept as they are; of the rest, those that reach far
-are listed. A row of zeros takes nothing but its class.
+codes of one class are range coded (`rans`) under one table of frequencies, which the page carries. Of large codes the
+low bits are as good as random and are kept as they are; of the rest, those that reach far are listed. A row of zeros
+takes nothing but its class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,49 +26,6 @@ SYMBOLS = ESCAPE + 1
 APART = [max(0, (kind - 1) // 3 - 9) for kind in range(CLASSES)]
 SHIFT = np.array(APART, dtype=np.int32)
 
-# by class: what a symbol of this size adds to the account of its token, and what it is expected to add. The rarer a
-# class is other than zero, the less it says beside its mean
-_MEANS = np.array([0.0, *(2 ** ((kind - 0.5) / 3 - 8 - APART[kind]) for kind in range(1, CLASSES))])
-WORTH = np.round(256 / (1 + _MEANS)).astype(np.int64)
-DUE = np.round(_MEANS * 256 / (1 + _MEANS)).astype(np.int64)
-# what an account begins with, and how slowly it forgets
-START, MEMORY = 512, 3
-# rows that are coded under one state of the accounts
-BLOCK = 8
-# 256 x account / due, at which the class of a token is one, two, three lower or higher
-LEVELS = np.array([128, 176, 223, 297, 377, 517])
-SPREAD = len(LEVELS) // 2
-
-
-@dataclass
-class Accounts:
-    """What has been coded of every token of a page, against what was due. Rows are entered a block at a time.
-
-    Args:
-        classes: of the rows in the order of coding, `[R]`.
-        account: by token.
-    """
-
-    classes: np.ndarray
-    account: np.ndarray
-    due: int = START
-
-    @classmethod
-    def of(cls, classes: np.ndarray, tokens: int) -> Accounts:
-        return cls(classes.astype(np.int64), np.full(tokens, START, dtype=np.int64))
-
-    def tables(self, first: int) -> np.ndarray:
-        """The tables `[BLOCK, n]` of the block that begins with a row."""
-        moved = np.searchsorted(LEVELS, (self.account << 8) // self.due) - SPREAD
-        return np.clip(self.classes[first : first + BLOCK, None] + moved, 1, CLASSES - 1)
-
-    def enter(self, first: int, symbols: np.ndarray) -> None:
-        """Takes note of the symbols `[BLOCK, n]` of the block that begins with a row."""
-        kinds = self.classes[first : first + BLOCK]
-        sizes = np.abs(symbols.astype(np.int64) - MOST)
-        self.account += WORTH[kinds] @ sizes - (self.account >> MEMORY)
-        self.due += int(DUE[kinds].sum()) - (self.due >> MEMORY)
-
 
 def pack_codes(codes: np.ndarray) -> dict[str, bytes]:
     """Sections by name, of codes `[J, n]`, int32."""
@@ -80,13 +35,8 @@ def pack_codes(codes: np.ndarray) -> dict[str, bytes]:
     high = rows >> shift
     far = np.abs(high) > MOST
     symbols = np.where(far, ESCAPE, high + MOST)
-    accounts = Accounts.of(classes[order], codes.shape[1])
-    tables = np.empty(rows.shape, dtype=np.int64)
-    for first in range(0, len(rows), BLOCK):
-        tables[first : first + BLOCK] = accounts.tables(first)
-        accounts.enter(first, symbols[first : first + BLOCK])
-    frequencies = frequencies_of(tables, symbols)
-    states, words = rans.encode(symbols, tables, rans.Tables.of(frequencies))
+    frequencies = frequencies_of(classes[order], symbols)
+    states, words = rans.encode(symbols, classes[order], rans.Tables.of(frequencies))
     return {
         "classes": classes.tobytes(),
         "frequencies": frequencies.astype("<u2").tobytes(),
@@ -113,14 +63,8 @@ def unpack_codes(sections: Mapping[str, Any], shape: tuple[int, int]) -> tuple[n
         raise PageError(f"the tables of a page are {CLASSES} times {SYMBOLS} frequencies of two bytes")
     frequencies = np.frombuffer(sections["frequencies"], dtype="<u2").reshape(CLASSES, SYMBOLS)
     order = _order(classes)
-    accounts = Accounts.of(classes[order], shape[1])
-
-    decoder = rans.Decoder.of(sections["states"], sections["words"], shape[1], rans.Tables.of(frequencies))
-    symbols = np.empty((len(order), shape[1]), dtype=np.uint8)
-    for first in range(0, len(order), BLOCK):
-        symbols[first : first + BLOCK] = decoder.rows(accounts.tables(first))
-        accounts.enter(first, symbols[first : first + BLOCK])
-    decoder.finish()
+    tables = rans.Tables.of(frequencies)
+    symbols = rans.decode(sections["states"], sections["words"], shape[1], classes[order], tables)
     high = symbols.astype(np.int32) - MOST
     far = symbols == ESCAPE
     values = np.frombuffer(sections["far"], dtype="<i4")
@@ -141,9 +85,10 @@ def classes_of(codes: np.ndarray) -> np.ndarray:
     return np.where(mean > 0, np.clip(found, 1, CLASSES - 1), 0).astype(np.uint8)
 
 
-def frequencies_of(tables: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+def frequencies_of(classes: np.ndarray, symbols: np.ndarray) -> np.ndarray:
     """Tables `[CLASSES, SYMBOLS]`, each adding up to `rans.TOTAL`, in which no symbol that occurs is missing."""
-    counts = np.bincount((tables * SYMBOLS + symbols).reshape(-1), minlength=CLASSES * SYMBOLS)
+    index = classes.astype(np.int64)[:, None] * SYMBOLS + symbols
+    counts = np.bincount(index.reshape(-1), minlength=CLASSES * SYMBOLS)
     counts = counts.reshape(CLASSES, SYMBOLS).astype(np.int64)
     counts[counts.sum(1) == 0, MOST] = 1
     frequencies = np.maximum(counts * rans.TOTAL // counts.sum(1, keepdims=True), counts > 0)

@@ -1,7 +1,7 @@
 """Range coding (rANS) of many small integers in numpy: one coder a column, all of them side by side.
 
 Symbols are coded row by row. Every column has a state of its own, the states share one stream of 16-bit words, and
-every symbol names the table of frequencies that it is coded under. Duda's asymmetric numeral systems (arXiv 1311.2540),
+every row is coded under one of several tables of frequencies. Duda's asymmetric numeral systems (arXiv 1311.2540),
 interleaved as in Giesen (arXiv 1402.3392). Integers throughout, so what one machine wrote another one reads.
 """
 
@@ -50,73 +50,46 @@ class Tables:
 
 
 def encode(symbols: np.ndarray, choices: np.ndarray, tables: Tables) -> tuple[bytes, bytes]:
-    """(states, words) of symbols `[J, n]`, each under the table `choices` `[J, n]`."""
-    state = np.full(symbols.shape[1], LOWEST, dtype=np.uint64)
-    frequencies = tables.frequencies[choices, symbols].astype(np.uint64)
-    starts = tables.starts[choices, symbols].astype(np.uint64)
-    full = frequencies << (32 - PRECISION)
+    """(states, words) of symbols `[R, n]`, each row under the table of `choices` `[R]`."""
+    state = np.full(symbols.shape[1], LOWEST, dtype=np.int64)
     words = []
     for row in range(len(symbols) - 1, -1, -1):
-        over = state >= full[row]
+        frequency = tables.frequencies[choices[row]].take(symbols[row])
+        over = np.flatnonzero(state >= frequency << (32 - PRECISION))
         words.append(state[over].astype("<u2"))
         state[over] >>= 16
-        quotient = state // frequencies[row]
-        state += quotient * (TOTAL - frequencies[row]) + starts[row]
+        state += state // frequency * (TOTAL - frequency) + tables.starts[choices[row]].take(symbols[row])
     stream = np.concatenate(words[::-1]) if words else np.empty(0, "<u2")
     return state.astype("<u4").tobytes(), stream.tobytes()
 
 
-@dataclass
-class Decoder:
-    """Decodes what `encode` wrote, some rows at a time, so that a table may depend on what came before.
+def decode(states: bytes, words: bytes, columns: int, choices: np.ndarray, tables: Tables) -> np.ndarray:
+    """The inverse of `encode`: symbols `[R, n]`, uint8.
 
-    Args:
-        state: of every column.
-        stream: the words.
-        tables: as for `encode`.
-        position: of the next word.
+    Raises:
+        PageError: for bytes that are not a code of that many symbols.
     """
-
-    state: np.ndarray
-    stream: np.ndarray
-    tables: Tables
-    position: int = 0
-
-    @classmethod
-    def of(cls, states: bytes, words: bytes, columns: int, tables: Tables) -> Decoder:
-        if len(states) != 4 * columns or len(words) % 2:
-            raise PageError(f"{columns} columns must have {4 * columns} bytes of states, got {len(states)}")
-        return cls(np.frombuffer(states, "<u4").astype(np.int64), np.frombuffer(words, "<u2").astype(np.int64), tables)
-
-    def rows(self, choices: np.ndarray) -> np.ndarray:
-        """The next symbols, uint8, under the tables `choices` `[R, n]`.
-
-        Raises:
-            PageError: when the words end too soon.
-        """
-        result = np.empty(choices.shape, dtype=np.uint8)
-        slots, kinds = choices * TOTAL, choices * self.tables.frequencies.shape[1]
-        state, position = self.state, self.position
-        for row in range(len(choices)):
-            slot = state & (TOTAL - 1)
-            symbol = self.tables.symbols.take(slots[row] + slot)
-            result[row] = symbol
-            index = kinds[row] + symbol
-            state = self.tables.frequencies.take(index) * (state >> PRECISION) + slot - self.tables.starts.take(index)
-            low = np.flatnonzero(state < LOWEST)
-            words = self.stream[position : position + len(low)]
-            if len(words) < len(low):
+    if len(states) != 4 * columns or len(words) % 2:
+        raise PageError(f"{columns} columns must have {4 * columns} bytes of states, got {len(states)}")
+    state = np.frombuffer(states, "<u4").astype(np.int64)
+    stream = np.frombuffer(words, "<u2").astype(np.int64)
+    result = np.empty((len(choices), columns), dtype=np.uint8)
+    position = 0
+    for row, choice in enumerate(choices):
+        slot = state & (TOTAL - 1)
+        symbol = tables.symbols[choice].take(slot)
+        result[row] = symbol
+        slot -= tables.starts[choice].take(symbol)
+        state >>= PRECISION
+        state *= tables.frequencies[choice].take(symbol)
+        state += slot
+        low = np.flatnonzero(state < LOWEST)
+        if len(low):
+            taken = stream[position : position + len(low)]
+            if len(taken) < len(low):
                 raise PageError("the code of a page ends too soon")
-            state[low] = state[low] << 16 | words
+            state[low] = state[low] << 16 | taken
             position += len(low)
-        self.state, self.position = state, position
-        return result
-
-    def finish(self) -> None:
-        """Checks that all has been read.
-
-        Raises:
-            PageError: when there is more.
-        """
-        if self.position != len(self.stream) or (self.state != LOWEST).any():
-            raise PageError("the code of a page does not end where it should")
+    if position != len(stream) or (state != LOWEST).any():
+        raise PageError("the code of a page does not end where it should")
+    return result
