@@ -105,23 +105,25 @@ def answers(model: Any, window: Tensor, pages: list[Page]) -> Continuation:
     return continued(model, cache_of(model, pages), window[None, PREFIX:], PREFIX)
 
 
-def codecs(basis: Basis) -> dict[str, PageCodec]:
+def codecs(basis: Basis, steps: list[float], plain_steps: list[float]) -> dict[str, PageCodec]:
     """The codecs to measure, by name."""
-    calibrated = {f"residual step {step}": Residual(1 / step, basis) for step in STEPS}
-    plain = {f"residual uncalibrated step {step}": Residual(1 / step, None) for step in PLAIN_STEPS}
+    calibrated = {f"residual step {step}": Residual(1 / step, basis) for step in steps}
+    plain = {f"residual uncalibrated step {step}": Residual(1 / step, None) for step in plain_steps}
     return {**calibrated, **plain, "lossless": Lossless()}
 
 
-def measure(model: Any, tokenizer: Any, basis: Basis, count: int, domains: list[str]) -> list[dict[str, Any]]:
+def measure(
+    model: Any, tokenizer: Any, chosen: dict[str, PageCodec], count: int, domains: list[str]
+) -> list[dict[str, Any]]:
     """One row for every codec and domain, the mean over domains last."""
-    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in codecs(basis)}
+    scores: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     patch_model(model, None)
     for domain in domains:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in scores}
         for window in windows(tokenizer, texts()[domain], count, PREFIX + SCORED + 1):
             pages, context = read_prompt(model, window[None, :PREFIX])
             full = answers(model, window, pages)
-            for name, codec in codecs(basis).items():
+            for name, codec in chosen.items():
                 restored, size = through_files(pages, codec, context)
                 other = answers(model, window, restored)
                 found[name].append(
@@ -180,17 +182,21 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="evaluation windows a domain")
     parser.add_argument("--domains", nargs="+", default=sorted(texts()))
     parser.add_argument("--basis", type=Path, help="a saved basis; calibrated and saved there when it is missing")
+    parser.add_argument("--steps", type=float, nargs="+", default=STEPS)
+    parser.add_argument("--plain-steps", type=float, nargs="+", default=PLAIN_STEPS)
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = REAL_MODELS[options.model].load()
     if options.basis is not None and options.basis.exists():
         basis = Basis.load(options.basis)
     else:
-        basis = calibrate_basis(model, tokenizer=tokenizer)
+        basis = calibrate_basis(model, tokenizer=tokenizer, samples=options.samples)
         if options.basis is not None:
             basis.save(options.basis)
     print(f"basis: {basis.nbytes:,} bytes")
-    rows = measure(model, tokenizer, basis, options.windows, options.domains)
+    chosen = codecs(basis, options.steps, options.plain_steps)
+    rows = measure(model, tokenizer, chosen, options.windows, options.domains)
     name = "sequential_rate" if options.model == "smollm2" else f"sequential_rate_{options.model}"
     if options.model == "smollm2":
         rows += published(4 * basis.geometry.numbers * PREFIX)

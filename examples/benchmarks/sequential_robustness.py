@@ -23,7 +23,8 @@ from hf_kvcache.sequential import pagefile, record
 from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.identity import page_key
 from hf_kvcache.sequential.packing import PageError
-from hf_kvcache.sequential.page import Context, Geometry, Page
+from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec
+from hf_kvcache.sequential.residual import Residual
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import (
     CODECS,
@@ -56,10 +57,10 @@ def processes(count: int, seconds: float, folder: Path) -> dict[str, Any]:
     return {**totals, "seconds": seconds, "whole_at_the_end": whole, "damaged": len(damaged)}
 
 
-def file_of(page: Page, context: Context) -> tuple[bytes, str]:
+def file_of(page: Page, context: Context, codec: PageCodec = CODECS["lossless"]) -> tuple[bytes, str]:
     key = page_key(IDENTITY.root, page.ids)
-    entry = Entry(key, IDENTITY.root, page.ids, page.start, "lossless", 0, 1.0)
-    return record.write(page, CODECS["lossless"], context, entry).data, key
+    entry = Entry(key, IDENTITY.root, page.ids, page.start, codec.name, 0, 1.0)
+    return record.write(page, codec, context, entry).data, key
 
 
 def flips(tokens: int) -> dict[str, Any]:
@@ -78,19 +79,24 @@ def flips(tokens: int) -> dict[str, Any]:
 
 
 def fuzz(count: int) -> dict[str, Any]:
-    """Tampered pages, nine of ten with a right checksum. Anything but a page or a PageError would end this."""
+    """Tampered pages, nine of ten with a right checksum. Anything but a page or a PageError would end this.
+
+    One in ten is a page of `residual`, which takes longer to decode.
+    """
     page, context = random_page(tokens=3), CONTEXT
-    data, key = file_of(page, context)
     accepted = refused = wrong = 0
-    for changed in tampered(data, count):
-        try:
-            restored = record.read(changed, key, IDENTITY.root, CODECS, context, b"")
-        except PageError:
-            refused += 1
-            continue
-        accepted += 1
-        shapes = [tuple(tensor.shape) for tensor in restored.keys]
-        wrong += shapes != [tuple(tensor.shape) for tensor in page.keys] or bool((restored.ids != page.ids).any())
+    residual = Residual(2.0, None, full=2)
+    for codec, share in ((CODECS["lossless"], count - count // 10), (residual, count // 10)):
+        data, key = file_of(page, context, codec)
+        for changed in tampered(data, share):
+            try:
+                restored = record.read(changed, key, IDENTITY.root, {codec.name: codec}, context, b"")
+            except PageError:
+                refused += 1
+                continue
+            accepted += 1
+            shapes = [tuple(tensor.shape) for tensor in restored.keys]
+            wrong += shapes != [tuple(tensor.shape) for tensor in page.keys] or bool((restored.ids != page.ids).any())
     return {"inputs": count, "refused": refused, "accepted": accepted, "of_another_shape_or_text": wrong}
 
 

@@ -1,4 +1,10 @@
-"""Fitting the basis of `sequential`'s residual codec: second moments of keys and values over calibration texts."""
+"""Fitting the basis of `sequential`'s residual codec to a model and calibration texts.
+
+Two things are measured. The second moments of keys (without RoPE) and values say what is likely. What an error in them
+does to the predictions is, to second order, the Fisher information: with labels y drawn from the model itself and g the
+gradient of log P(y) with respect to the key of a head, an error e costs a KL of e^T E[g g^T] e / 2. Gradients are taken
+of the second half of a window with respect to the keys and values of its first half, as a stored prompt is used.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +20,14 @@ from hf_kvcache.calibration.texts import Calibration, token_windows
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.patches.prefix import model_facts
 from hf_kvcache.progress import progress
-from hf_kvcache.sequential.basis import CHANNELS, Basis, Part, digest_of, gather, groups
+from hf_kvcache.sequential.basis import CHANNELS, Basis, KeysValues, Part, by_head, digest_of, gather, groups
+from hf_kvcache.sequential.page import Geometry
 from hf_kvcache.sequential.residual import SINKS
+
+# one window in so many is also read backwards, which takes three times as long
+GRADED = 4
+# of the mean over directions, added to every direction of a head's sensitivity: gradients of few texts miss some
+FLOOR = 0.05
 
 
 class Moments:
@@ -30,16 +42,14 @@ class Moments:
         self.first += channels.sum(0, dtype=torch.float64)
         self.second.addmm_(channels.T, channels)
 
-    def part(self, kind: int, members: tuple[int, ...], widths: Sequence[int]) -> Part:
-        """The principal components of the channels, those of each of the members scaled to a mean square of one."""
+    def part(self, members: tuple[int, ...], weights: Sequence[Tensor]) -> Part:
+        """The principal components of the weighed channels."""
         mean = self.first / self.count
-        covariance = self.second.double() / self.count - mean[:, None] * mean
-        sizes = [block.mean().clamp_min(1e-12).sqrt() for block in covariance.diagonal().split(list(widths))]
-        scale = torch.cat([size.expand(width) for size, width in zip(sizes, widths, strict=True)])
-        values, vectors = torch.linalg.eigh(covariance / (scale[:, None] * scale))
+        covariance = (self.second.double() / self.count - mean[:, None] * mean).float()
+        weighed = by_head(by_head(covariance, weights).T, weights)
+        values, vectors = torch.linalg.eigh((weighed + weighed.T) / 2)
         order = values.argsort(descending=True)
-        deviation = values[order].clamp_min(0).sqrt()
-        return Part(kind, members, mean.float(), scale.float(), vectors[:, order].half().float(), deviation.float())
+        return Part(members, mean.float(), tuple(weights), vectors[:, order].half().float())
 
 
 def calibrate_basis(
@@ -58,7 +68,7 @@ def calibrate_basis(
         texts: to calibrate on, None for the shipped sample.
         samples, length: how many windows of how many tokens.
         tokenizer: None to look for one beside the model.
-        channels: of a group of layers; the file has about four bytes for every pair of them.
+        channels: of a group of layers; the file has about two bytes for every pair of them.
 
     Example:
         >>> calibrate_basis(model, tokenizer=tokenizer).save("basis.safetensors")
@@ -69,39 +79,107 @@ def calibrate_basis(
     if not patched:
         patch_model(model, None)
     try:
-        return _fit(model, ids, channels)
+        return fitted(model, *measured(model, ids, channels))
     finally:
         if not patched:
             unpatch_model(model)
 
 
-@torch.no_grad()
-def _fit(model: nn.Module, ids: Tensor, channels: int) -> Basis:
+def measured(
+    model: nn.Module, ids: Tensor, channels: int = CHANNELS
+) -> tuple[Geometry, dict[tuple[int, ...], Moments], tuple[list[Tensor], list[Tensor]]]:
+    """Moments of every group of layers, and the sensitivity `[H, D, D]` of keys and values of every producer."""
+    moments: dict[tuple[int, ...], Moments] = {}
+    sensitivity: list[list[Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+    with progress("reading texts", len(ids)) as step:
+        for index, row in enumerate(ids):
+            graded = index % GRADED == 0
+            geometry, tensors, gradients = _read(model, row[None], generator if graded else None)
+            for members in groups(geometry, channels):
+                part = gather(tensors, members)
+                moments.setdefault(members, Moments(part.shape[1])).add(part)
+            if graded:
+                products = [[g.double().transpose(1, 2) @ g.double() for g in kind] for kind in gradients]
+                sensitivity = sensitivity or [[torch.zeros_like(product) for product in kind] for kind in products]
+                for kind, new in zip(sensitivity, products, strict=True):
+                    for total, product in zip(kind, new, strict=True):
+                        total += product
+            step()
+    return geometry, moments, (sensitivity[0], sensitivity[1])
+
+
+def fitted(
+    model: nn.Module,
+    geometry: Geometry,
+    moments: dict[tuple[int, ...], Moments],
+    sensitivity: tuple[list[Tensor], list[Tensor]],
+) -> Basis:
+    """The basis of what was measured. Weights are scaled so that the mean square of a weighed channel is one."""
+    weights = [[root(product) for product in kind] for kind in sensitivity]
+    energy, count = 0.0, 0
+    for members, found in moments.items():
+        own = [kind[member] for kind in weights for member in members]
+        mean = found.first / found.count
+        covariance = found.second.double() / found.count - mean[:, None] * mean
+        weighed = by_head(by_head(covariance, own).T, own)
+        energy, count = energy + float(weighed.diagonal().sum()), count + len(mean)
+    scale = (count / max(energy, 1e-30)) ** 0.5
+    weights = [[(weight * scale).float() for weight in kind] for kind in weights]
+    parts = [
+        found.part(members, [kind[member] for kind in weights for member in members])
+        for members, found in moments.items()
+    ]
+    return Basis(require_attached(model).spec.fingerprint, geometry, tuple(parts), digest_of(parts))
+
+
+def root(products: Tensor) -> Tensor:
+    """The symmetric square roots of sensitivities `[H, D, D]`, float64, with a floor."""
+    mean = products.diagonal(dim1=1, dim2=2).mean(1)
+    floor = FLOOR * mean + 1e-3 * FLOOR * mean.mean() + 1e-30
+    values, vectors = torch.linalg.eigh(products)
+    return (vectors * (values.clamp_min(0) + floor[:, None]).sqrt()[:, None]) @ vectors.transpose(1, 2)
+
+
+def _read(model: nn.Module, ids: Tensor, generator: torch.Generator | None) -> tuple[Geometry, KeysValues, KeysValues]:
+    """Keys without RoPE and values `[H, n, D]` of the tokens behind the sinks and, given a generator to draw labels
+    with, gradients with respect to those of the first half."""
     attachment = require_attached(model)
     decoder = attachment.adapter.find_decoder(model)
-    moments: dict[tuple[int, tuple[int, ...]], Moments] = {}
-    positions = torch.arange(SINKS, ids.shape[1])
-    with progress("reading texts", len(ids)) as step:
-        for row in ids:
-            cache = new_cache(model)
-            kept: dict[int, tuple[Tensor, Tensor]] = {}
-            for index, layer in cache.producers.items():
-                layer.witness = partial(_keep, kept, index)
-            decoder(input_ids=row[None].to(decoder.device), past_key_values=cache, use_cache=True)
-            facts = model_facts(decoder, cache, attachment.adapter, "")
-            for kind in range(2):
-                tensors = [kept[producer][kind][0, :, SINKS:].float().cpu() for producer in facts.geometry.producers]
-                if kind == 0:
-                    tensors = [facts.rotate(place, key, positions, True) for place, key in enumerate(tensors)]
-                for members in groups(facts.geometry, channels):
-                    part = gather(tensors, members)
-                    moments.setdefault((kind, members), Moments(part.shape[1])).add(part)
-            step()
-    parts = tuple(
-        found.part(kind, members, facts.geometry.widths(members)) for (kind, members), found in moments.items()
-    )
-    return Basis(attachment.spec.fingerprint, facts.geometry, parts, digest_of(parts))
+    cache = new_cache(model)
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    for index, layer in cache.producers.items():
+        layer.witness = partial(_keep, kept, index)
+    ids = ids.to(decoder.device)
+    half = ids.shape[1] // 2
+    with torch.set_grad_enabled(generator is not None):
+        if generator is None:
+            decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        else:
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded, past_key_values=cache, use_cache=True, logits_to_keep=half).logits
+            score = _drawn(logits[0], generator)
+    facts = model_facts(decoder, cache, attachment.adapter, "")
+    flat = [kept[producer][kind] for kind in range(2) for producer in facts.geometry.producers]
+    gradients = [] if generator is None else torch.autograd.grad(score, flat)
+    return facts.geometry, _plain(flat, facts, ids.shape[1]), _plain(gradients, facts, ids.shape[1] - half)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The log-probability of labels drawn from the model, summed over tokens."""
+    log_probs = logits.float().log_softmax(-1)
+    labels = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator)
+    return log_probs.gather(-1, labels.to(log_probs.device)).sum()
+
+
+def _plain(flat: Sequence[Tensor], facts: Any, end: int) -> KeysValues:
+    """Keys without RoPE, and values, of the tokens from the sinks to `end`. RoPE turns gradients as it turns keys."""
+    count = len(flat) // 2
+    positions = torch.arange(SINKS, end)
+    tensors = [tensor.detach()[0, :, SINKS:end].float().cpu() for tensor in flat]
+    keys = [facts.rotate(place, key, positions, True) for place, key in enumerate(tensors[:count])]
+    return keys, tensors[count:]
 
 
 def _keep(kept: dict[int, tuple[Tensor, Tensor]], index: int, first: int, key: Tensor, value: Tensor) -> None:
-    kept[index] = key.detach(), value.detach()
+    kept[index] = key, value

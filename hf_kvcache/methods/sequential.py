@@ -1,6 +1,6 @@
-"""`Sequential`: prompts are kept in a store of pages, and a prompt that begins like an earlier one is not read again.
+"""`Sequential`: a codec for *stored, offloaded and shared* caches; it does not shrink the cache that attention reads.
 
-A codec for *stored, offloaded and shared* caches: it does not shrink the cache that attention reads. What a run adopts
+Prompts are kept in a store of pages, and a prompt that begins like an earlier one is not read again: what a run adopts
 is materialised and then held as the other methods say. The paper (arXiv 2604.15356) has two layers: prefixes that
 sessions share are stored once (`sequential.store`), and each page is coded (`codec`).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequential(Method):
-    """Looks prompts up in a store, reads only what is not there, and keeps what it read.
+    """Keeps prompts in a store and reads only what is not there; what attention reads stays as large as it is.
 
     Prompts are stored as the attention of the prompt saw them, before eviction and codes, so one store serves all
     compositions, and with a codec that loses nothing a hit gives the tokens of a cold run.
@@ -30,9 +30,13 @@ class Sequential(Method):
     Args:
         store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
         codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
-            or a page codec of your own.
+            `"auto"`, for every page the one that brings it back soonest (`sequential.auto`); or a page codec of your
+            own.
         quality: of `residual`: the higher, the finer the step (see `sequential.residual`); None for its default.
         basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
+            With `auto`, `residual` is chosen only where one of these two allows it.
+        bandwidth: of `auto`, bytes a second from the store; None to measure it.
+        prefill_rate: of `auto`, tokens a second; None to measure it.
     """
 
     name: ClassVar[str] = "sequential"
@@ -43,6 +47,8 @@ class Sequential(Method):
     codec: str | PageCodec = "lossless"
     quality: float | None = None
     basis: str | Path | Basis | None = None
+    bandwidth: float | None = None
+    prefill_rate: float | None = None
 
     def __post_init__(self):
         if self.store is None or self.store == "":
@@ -63,6 +69,8 @@ class Sequential(Method):
             raise TypeError(f"store must be a folder, a URL or a PrefixStore, got {type(store).__name__}")
         codec = self.codec
         if isinstance(codec, str):
-            options: dict[str, Any] = {"quality": self.quality, "basis": self.basis}
+            options: dict[str, Any] = {
+                name: getattr(self, name) for name in ("quality", "basis", "bandwidth", "prefill_rate")
+            }
             codec = make_codec(codec, page_size=store.page_size, fingerprint=spec.fingerprint, **options)
         return spec.fill("prefix", StoreSource(store, codec), by=self.name)

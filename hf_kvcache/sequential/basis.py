@@ -1,8 +1,10 @@
 """`Basis`: how keys and values are turned into few large and many small numbers, by one calibration a model.
 
-Keys without RoPE and values hang together across layers and heads. Layers are taken in groups; in each, keys and values
-apart, the mean is subtracted, the channels of each layer divided by their deviation, and the vector of all channels
-turned by an orthonormal matrix (principal components), largest first.
+Keys without RoPE and values hang together across layers and heads, and with each other. Layers are taken in groups. In
+each the mean is subtracted; the channels of every head are weighed by what an error in them does to the model's
+predictions (a matrix a head, `calibration.sequential_basis`); and the vector of all keys and values of the group is
+turned by an orthonormal matrix (principal components), largest first. One step for all components then spends bits
+where they matter most.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,40 +21,47 @@ from torch import Tensor
 from hf_kvcache import safefile
 from hf_kvcache.sequential.page import Geometry
 
-FORMAT = "hf_kvcache.basis/1"
+FORMAT = "hf_kvcache.basis/2"
 HOW = "make one with hf-kvcache calibrate sequential"
-# channels of a group: what a matrix product and a file bear
-CHANNELS = 2048
+# keys and values of a group: what a matrix product and a file bear
+CHANNELS = 4096
+
+KeysValues = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Keys, or values, of one group of layers.
+    """Keys and values of one group of layers, as channels: the keys by producer, head, dimension, then the values.
 
     Args:
-        kind: 0 for keys, 1 for values.
         members: which producers, counted from 0, in order.
-        mean, scale: of every channel, `[C]`; channels are ordered by producer, head, dimension.
+        mean: of every channel, `[C]`.
+        weights: by member, keys first: what the channels of every head are multiplied by, `[H, D, D]`, symmetric.
         transform: `[C, C]`, a component in every column, the largest first; None to leave channels as they are.
-        deviation: of every component, `[C]`, in units of the scaled channels; sorts them.
     """
 
-    kind: int
     members: tuple[int, ...]
     mean: Tensor
-    scale: Tensor
+    weights: tuple[Tensor, ...]
     transform: Tensor | None
-    deviation: Tensor
 
     def forward(self, channels: Tensor) -> Tensor:
         """Components `[n, C]` of channels `[n, C]`."""
-        scaled = (channels - self.mean) / self.scale
-        return scaled if self.transform is None else scaled @ self.transform
+        weighed = by_head(channels - self.mean, self.weights)
+        return weighed if self.transform is None else weighed @ self.transform
 
-    def backward(self, components: Tensor) -> Tensor:
-        """The inverse of `forward`."""
-        scaled = components if self.transform is None else components @ self.transform.T
-        return scaled * self.scale + self.mean
+    def backward(self, components: Tensor, rows: Tensor) -> Tensor:
+        """Channels `[n, C]` of the components `[n, R]` that are not zero, `rows` of them."""
+        if self.transform is None:
+            weighed = components.new_zeros(len(components), len(self.mean))
+            weighed[:, rows] = components
+        else:
+            weighed = components @ self.transform.T[rows]
+        return by_head(weighed, self._inverse) + self.mean
+
+    @cached_property
+    def _inverse(self) -> tuple[Tensor, ...]:
+        return tuple(torch.linalg.inv(weight) for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class Basis:
     Args:
         fingerprint: of the model.
         geometry: of its cache; the dtype does not matter.
-        parts: keys and values of every group.
+        parts: of every group of layers.
     """
 
     fingerprint: str
@@ -84,7 +94,7 @@ class Basis:
             "producers": self.geometry.producers,
             "heads": self.geometry.heads,
             "dims": self.geometry.dims,
-            "parts": [{"kind": part.kind, "members": part.members} for part in self.parts],
+            "members": [part.members for part in self.parts],
         }
         safefile.write(path, FORMAT, description, _tensors(self.parts))
 
@@ -94,20 +104,17 @@ class Basis:
         found, tensors = safefile.read(path, FORMAT, HOW)
         producers, heads, dims = (tuple(found[name]) for name in ("producers", "heads", "dims"))
         geometry = Geometry(producers, heads, dims, torch.float32)
-        parts = tuple(
-            Part(
-                described["kind"],
-                tuple(described["members"]),
-                *(tensors[f"{index}.{name}"].float() for name in ("mean", "scale", "transform", "deviation")),
-            )
-            for index, described in enumerate(found["parts"])
-        )
-        return cls(found["fingerprint"], geometry, parts, digest_of(parts))
+        parts = []
+        for index, members in enumerate(found["members"]):
+            weights = (tensors[f"{index}.weight.{number}"].float() for number in range(2 * len(members)))
+            mean, transform = (tensors[f"{index}.{name}"].float() for name in ("mean", "transform"))
+            parts.append(Part(tuple(members), mean, tuple(weights), transform))
+        return cls(found["fingerprint"], geometry, tuple(parts), digest_of(parts))
 
 
 def groups(geometry: Geometry, channels: int = CHANNELS) -> list[tuple[int, ...]]:
-    """Producers in consecutive groups of at most so many channels, as even as they go."""
-    widths = geometry.widths(range(len(geometry.producers)))
+    """Producers in consecutive groups of at most so many channels of keys and values, as even as they go."""
+    widths = [2 * width for width in geometry.widths(range(len(geometry.producers)))]
     count = -(-sum(widths) // channels)
     result: list[list[int]] = [[]]
     target, filled = sum(widths) / count, 0
@@ -119,27 +126,40 @@ def groups(geometry: Geometry, channels: int = CHANNELS) -> list[tuple[int, ...]
     return [tuple(group) for group in result]
 
 
-def gather(tensors: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-    """Channels `[n, C]`, float32, of keys or values `[H, n, D]` of some producers."""
-    return torch.cat([tensors[member].float().transpose(0, 1).flatten(1) for member in members], dim=1)
+def gather(tensors: KeysValues, members: Sequence[int]) -> Tensor:
+    """Channels `[n, C]`, float32, of keys and values `[H, n, D]` of some producers."""
+    chosen = [kind[member] for kind in tensors for member in members]
+    return torch.cat([tensor.float().transpose(0, 1).flatten(1) for tensor in chosen], dim=1)
 
 
-def scatter(channels: Tensor, members: Sequence[int], geometry: Geometry) -> dict[int, Tensor]:
-    """The inverse of `gather`: by producer `[H, n, D]`."""
-    pieces = channels.split(geometry.widths(members), dim=1)
-    return {
-        member: piece.view(len(piece), geometry.heads[member], geometry.dims[member]).transpose(0, 1)
-        for member, piece in zip(members, pieces, strict=True)
-    }
+def scatter(channels: Tensor, members: Sequence[int], geometry: Geometry) -> tuple[dict[int, Tensor], ...]:
+    """The inverse of `gather`: keys and values by producer, `[H, n, D]`."""
+    pieces = channels.split(2 * geometry.widths(members), dim=1)
+    shaped = [
+        piece.view(len(piece), geometry.heads[member], geometry.dims[member]).transpose(0, 1)
+        for member, piece in zip((*members, *members), pieces, strict=True)
+    ]
+    return tuple(dict(zip(members, half, strict=True)) for half in (shaped[: len(members)], shaped[len(members) :]))
+
+
+def by_head(channels: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Channels `[n, C]`, those of every head times its matrix, of `[H, D, D]`."""
+    pieces = channels.split([weight.shape[0] * weight.shape[1] for weight in weights], dim=1)
+    turned = [
+        torch.einsum("nhd,hde->nhe", piece.unflatten(1, weight.shape[:2]), weight).flatten(1)
+        for piece, weight in zip(pieces, weights, strict=True)
+    ]
+    return torch.cat(turned, dim=1)
 
 
 def _tensors(parts: Sequence[Part]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for index, part in enumerate(parts):
         assert part.transform is not None
-        result |= {f"{index}.{name}": getattr(part, name) for name in ("mean", "scale", "deviation")}
+        result[f"{index}.mean"] = part.mean
         # the error of a half precision turn is far below any step
         result[f"{index}.transform"] = part.transform.half()
+        result |= {f"{index}.weight.{number}": weight for number, weight in enumerate(part.weights)}
     return result
 
 

@@ -1,8 +1,9 @@
-"""Packing small integers, most of them zero, for a byte coder.
+"""Packing small integers, most of them zero, in about the bits that they carry.
 
-Rows are coefficients, columns tokens. Rows come sorted by their size, so that a block of some of them has one statistic
-and a table of its own. A block whose codes reach -1..1 goes five to a byte, -2..2 three, -7..7 two, wider ones one; the
-few that reach further are escapes, listed by place and value. A block of zeros takes nothing.
+Rows are components, columns tokens. Every row has a class, the mean size of its codes in thirds of an octave, and all
+codes of one class are range coded (`rans`) under one table of frequencies, which the page carries. Of large codes the
+low bits are as good as random and are kept as they are; of the rest, those that reach far are listed. A row of zeros
+takes nothing but its class.
 """
 
 from __future__ import annotations
@@ -12,75 +13,116 @@ from typing import Any
 
 import numpy as np
 
+from hf_kvcache.sequential import rans
 from hf_kvcache.sequential.packing import PageError
 
-ROWS = 256
-# (largest magnitude, codes a byte); the base is 2 x largest + 1
-PACKINGS = ((0, 0), (1, 5), (2, 3), (7, 2), (127, 1))
-# one code in so many may be an escape, which costs eight bytes
-RARE = 4096
+# class 0 is a row of zeros; class c a mean size of 2 ** ((c - 0.5) / 3 - 8)
+CLASSES = 64
+# symbols 0 to 62 stand for -31 to 31, the last one for what reaches further
+MOST = 31
+ESCAPE = 2 * MOST + 1
+SYMBOLS = ESCAPE + 1
+# low bits that are kept apart: from a mean size of 4 on, one for every octave
+APART = [max(0, (kind - 1) // 3 - 9) for kind in range(CLASSES)]
+SHIFT = np.array(APART, dtype=np.int32)
 
 
-def pack_codes(codes: np.ndarray) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """JSON-able facts, and sections by name, of codes `[J, n]`, int32."""
-    kinds, sections = [], {}
-    places, values = [], []
-    for start in range(0, len(codes), ROWS):
-        block = codes[start : start + ROWS]
-        size = np.abs(block)
-        kind = next(
-            (kind for kind, (most, _) in enumerate(PACKINGS) if int((size > most).sum()) * RARE <= block.size),
-            len(PACKINGS) - 1,
-        )
-        most, each = PACKINGS[kind]
-        far = np.argwhere(size > most)
-        places.append(((far[:, 0] + start) * codes.shape[1] + far[:, 1]).astype("<u4"))
-        values.append(block[far[:, 0], far[:, 1]].astype("<i4"))
-        kinds.append(kind)
-        if each:
-            sections[f"codes{len(kinds) - 1}"] = _to_bytes(np.where(size > most, 0, block), most, each)
-    if sum(map(len, places)):
-        sections["places"] = np.concatenate(places).tobytes()
-        sections["values"] = np.concatenate(values).tobytes()
-    return {"kinds": kinds}, sections
+def pack_codes(codes: np.ndarray) -> dict[str, bytes]:
+    """Sections by name, of codes `[J, n]`, int32."""
+    classes = classes_of(codes)
+    order = _order(classes)
+    rows, shift = codes[order], SHIFT[classes[order]][:, None]
+    high = rows >> shift
+    far = np.abs(high) > MOST
+    symbols = np.where(far, ESCAPE, high + MOST)
+    frequencies = frequencies_of(classes[order], symbols)
+    states, words = rans.encode(symbols, classes[order], rans.Tables.of(frequencies))
+    return {
+        "classes": classes.tobytes(),
+        "frequencies": frequencies.astype("<u2").tobytes(),
+        "states": states,
+        "words": words,
+        "low": _low_bits(rows, shift[:, 0]),
+        "far": high[far].astype("<i4").tobytes(),
+    }
 
 
-def unpack_codes(facts: Mapping[str, Any], sections: Mapping[str, Any], shape: tuple[int, int]) -> np.ndarray:
-    """The inverse of `pack_codes`, as int32 `[J, n]`."""
-    rows = shape[0]
-    kinds = facts.get("kinds")
-    if not isinstance(kinds, list) or len(kinds) != -(-rows // ROWS):
-        raise PageError(f"{rows} coefficients need {-(-rows // ROWS)} blocks of codes")
+def unpack_codes(sections: Mapping[str, Any], shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `pack_codes`: codes `[J, n]`, int32, and the classes of their rows `[J]`.
+
+    Raises:
+        PageError: for sections that do not hold codes of this shape.
+    """
+    missing = {"classes", "frequencies", "states", "words", "low", "far"} - set(sections)
+    if missing:
+        raise PageError(f"coded components must have the section {min(missing)!r}")
+    classes = np.frombuffer(sections["classes"], dtype=np.uint8)
+    if len(classes) != shape[0] or int(classes.max(initial=0)) >= CLASSES:
+        raise PageError(f"{shape[0]} components must have a class each, below {CLASSES}")
+    if len(sections["frequencies"]) != 2 * CLASSES * SYMBOLS or len(sections["far"]) % 4:
+        raise PageError(f"the tables of a page are {CLASSES} times {SYMBOLS} frequencies of two bytes")
+    frequencies = np.frombuffer(sections["frequencies"], dtype="<u2").reshape(CLASSES, SYMBOLS)
+    order = _order(classes)
+    tables = rans.Tables.of(frequencies)
+    symbols = rans.decode(sections["states"], sections["words"], shape[1], classes[order], tables)
+    high = symbols.astype(np.int32) - MOST
+    far = symbols == ESCAPE
+    values = np.frombuffer(sections["far"], dtype="<i4")
+    if len(values) != int(far.sum()):
+        raise PageError(f"a page has {len(values)} far codes, expected {int(far.sum())}")
+    high[far] = values
+    shift = SHIFT[classes[order]]
     codes = np.zeros(shape, dtype=np.int32)
-    for index, kind in enumerate(kinds):
-        if type(kind) is not int or not 0 <= kind < len(PACKINGS):
-            raise PageError(f"a block of codes has the kind {str(kind)[:20]!r}, expected 0 to {len(PACKINGS) - 1}")
-        most, each = PACKINGS[kind]
-        block = codes[index * ROWS : (index + 1) * ROWS]
-        if each:
-            block[:] = _from_bytes(sections.get(f"codes{index}"), block.size, most, each).reshape(block.shape)
-    places = np.frombuffer(sections.get("places", b""), dtype=np.uint8)
-    values = np.frombuffer(sections.get("values", b""), dtype=np.uint8)
-    if len(places) != len(values) or len(places) % 4:
-        raise PageError("the escapes of a page have other places than values")
-    where = places.view("<u4").astype(np.int64)
-    if len(where) and int(where.max()) >= codes.size:
-        raise PageError("an escape of a page lies outside of it")
-    codes.reshape(-1)[where] = values.view("<i4")
-    return codes
+    codes[order] = high << shift[:, None] | _from_low_bits(sections["low"], shift, shape[1])
+    return codes, classes
 
 
-def _to_bytes(block: np.ndarray, most: int, each: int) -> bytes:
-    base = 2 * most + 1
-    flat = (block.reshape(-1) + most).astype(np.uint8)
-    flat = np.pad(flat, (0, -len(flat) % each), constant_values=most)
-    powers = base ** np.arange(each)
-    return (flat.reshape(-1, each) * powers).sum(1).astype(np.uint8).tobytes()
+def classes_of(codes: np.ndarray) -> np.ndarray:
+    """The class of every row of codes `[J, n]`, uint8."""
+    mean = np.abs(codes).mean(1, dtype=np.float64)
+    with np.errstate(divide="ignore"):
+        found = np.floor(3 * (np.log2(mean) + 8)) + 1
+    return np.where(mean > 0, np.clip(found, 1, CLASSES - 1), 0).astype(np.uint8)
 
 
-def _from_bytes(data: Any, count: int, most: int, each: int) -> np.ndarray:
-    if data is None or len(data) != -(-count // each):
-        raise PageError(f"a block of {count} codes must have {-(-count // each)} bytes")
-    base = 2 * most + 1
-    table = (np.arange(256)[:, None] // base ** np.arange(each) % base - most).astype(np.int32)
-    return table[np.frombuffer(data, dtype=np.uint8)].reshape(-1)[:count]
+def frequencies_of(classes: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+    """Tables `[CLASSES, SYMBOLS]`, each adding up to `rans.TOTAL`, in which no symbol that occurs is missing."""
+    index = classes.astype(np.int64)[:, None] * SYMBOLS + symbols
+    counts = np.bincount(index.reshape(-1), minlength=CLASSES * SYMBOLS)
+    counts = counts.reshape(CLASSES, SYMBOLS).astype(np.int64)
+    counts[counts.sum(1) == 0, MOST] = 1
+    frequencies = np.maximum(counts * rans.TOTAL // counts.sum(1, keepdims=True), counts > 0)
+    # what rounding took or added, the most frequent symbol gives or gets
+    rest = rans.TOTAL - frequencies.sum(1)
+    frequencies[np.arange(CLASSES), counts.argmax(1)] += rest
+    return frequencies
+
+
+def _order(classes: np.ndarray) -> np.ndarray:
+    """Rows that are not zero, the largest class first."""
+    order = np.argsort(-classes.astype(np.int64), kind="stable")
+    return order[: int((classes > 0).sum())]
+
+
+def _low_bits(rows: np.ndarray, shift: np.ndarray) -> bytes:
+    pieces = [
+        ((rows[shift == bits][..., None] >> np.arange(bits)) & 1).astype(np.uint8).reshape(-1)
+        for bits in np.unique(shift[shift > 0])
+    ]
+    return np.packbits(np.concatenate(pieces)).tobytes() if pieces else b""
+
+
+def _from_low_bits(data: Any, shift: np.ndarray, tokens: int) -> np.ndarray:
+    total = tokens * int(shift.sum())
+    if len(data) != -(-total // 8):
+        raise PageError(f"{total} low bits do not fit {len(data)} bytes")
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), count=total)
+    low = np.zeros((len(shift), tokens), dtype=np.int32)
+    first = 0
+    for width in np.unique(shift[shift > 0]):
+        rows = shift == width
+        size = int(rows.sum()) * tokens * int(width)
+        own = bits[first : first + size].reshape(-1, tokens, width).astype(np.int32)
+        low[rows] = (own << np.arange(width, dtype=np.int32)).sum(2)
+        first += size
+    return low

@@ -97,12 +97,14 @@ class Context:
     Args:
         geometry: of the cache.
         rotate: applies and undoes RoPE; None where the caller has no model at hand.
-        model: runs the language model on token ids, for coding them under its probabilities; None without one.
+        prefill_seconds: a token, measured; 0 when nothing is known.
+        bandwidth: of the place of pages, bytes a second, measured; 0 when nothing is known.
     """
 
     geometry: Geometry
     rotate: Rotate | None = None
-    model: Any = None
+    prefill_seconds: float = 0.0
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)

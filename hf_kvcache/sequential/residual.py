@@ -1,15 +1,17 @@
 """`Residual`: predictive coding of a page without the model's help. What the mean and the other layers and heads say of
-a number is taken off it, and the rest is rounded to a step and packed.
+a number is taken off it, and the rest is rounded to a step and range coded.
 
-1. the first tokens of a sequence stay in 16 bit: their keys are like no others
+1. the first token of a sequence stays in 16 bit: its keys and values are like no others
 2. RoPE is undone (keys), the mean of every channel subtracted
-3. an orthonormal transform across layers and heads, calibrated once a model (`basis`)
+3. channels weighed by what an error in them costs, and an orthonormal transform across keys and values of layers and
+   heads; both calibrated once a model (`basis`)
 4. one uniform step for all components, from one knob; most become zero
-5. codes packed into bytes and compressed (`codes`, `packing`)
+5. codes range coded in classes of one size (`codes`)
 
-The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits. Without a basis the
-channels themselves are the components, with mean and deviation of the page. The last, partial page of a prompt stays in
-16 bit: it is the recent window, and will be written again when it is full.
+The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits, and with keys and values
+in one transform under the metric of the model's predictions. Without a basis the channels themselves are the
+components, with means of the page and one deviation a head. The last, partial page of a prompt stays in 16 bit: it is
+the recent window, and will be written again when it is full.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_kvcache.sequential.basis import Basis, Part, gather, scatter
-from hf_kvcache.sequential.codes import pack_codes, unpack_codes
+from hf_kvcache.sequential.basis import Basis, KeysValues, Part, gather, scatter
+from hf_kvcache.sequential.codes import CLASSES, pack_codes, unpack_codes
 from hf_kvcache.sequential.lossless import INTEGERS
 from hf_kvcache.sequential.packing import PageError, join_planes, split_planes
 from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
 
-SINKS = 4
+SINKS = 1
 # the finest quality, and one over the coarsest
 MOST = 1e6
+# what is taken off a size before it is rounded: a zero more costs less than it saves
+DEAD = 0.12
+# the largest code
+FAR = 1 << 30
+# sizes whose mean is kept for every class: 1, 2, and 3 or more
+SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components are rounded to 1/quality of the deviation of a layer's channels; without a basis, of the
-            channel's own.
+        quality: components are rounded to 1/quality; the mean square of a weighed channel is one over the calibration
+            texts, or without a basis that of every head over the page.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
@@ -66,13 +74,15 @@ class Residual:
         sections: dict[str, Any] = _to_half(page, plain)
         facts: dict[str, Any] = {"plain": plain}
         if plain < len(page):
-            keys, values = self._unrotated(page, plain, context)
-            parts, stored = self._parts(context.geometry, keys, values)
-            components = [part.forward(gather((keys, values)[part.kind], part.members)) for part in parts]
-            codes = torch.round(torch.cat(components, dim=1) * self.quality).to(torch.int32).numpy()
-            packed, coded = pack_codes(np.ascontiguousarray(codes.T[_order(parts)]))
-            facts |= {**packed, "quality": self.quality, "basis": "" if self.basis is None else self.basis.digest}
-            sections |= {**coded, **stored}
+            tensors = self._unrotated(page, plain, context)
+            parts, stored = self._parts(context.geometry, tensors)
+            components = torch.cat([part.forward(gather(tensors, part.members)) for part in parts], dim=1)
+            sizes = (components.abs() * self.quality).T.contiguous().numpy()
+            codes = np.minimum(np.floor(sizes + (0.5 - DEAD)), FAR).astype(np.int32)
+            packed = pack_codes(np.where(components.T.numpy() < 0, -codes, codes))
+            centres = _centres(sizes, codes, np.frombuffer(packed["classes"], np.uint8))
+            facts |= {"quality": self.quality, "basis": "" if self.basis is None else self.basis.digest}
+            sections |= {**packed, **stored, "centres": centres.tobytes()}
         return Coded(facts, sections)
 
     def decode(self, coded: Coded, ids: np.ndarray, start: int, context: Context) -> Page:
@@ -88,13 +98,10 @@ class Residual:
             if facts.get("basis") != ("" if self.basis is None else self.basis.digest):
                 raise PageError(f"the page was coded with the basis {str(facts.get('basis'))[:20]!r}, not with ours")
             self._check(geometry)
-            rest = len(ids) - plain
             parts = _restored_parts(coded.sections, geometry) if self.basis is None else self.basis.parts
-            order = _order(parts)
-            sorted_codes = unpack_codes(facts, coded.sections, (len(order), rest))
-            codes = np.empty_like(sorted_codes)
-            codes[order] = sorted_codes
-            decoded = self._decoded(torch.from_numpy(codes), quality, parts, geometry)
+            codes, classes = unpack_codes(coded.sections, (geometry.numbers, len(ids) - plain))
+            sizes = _sizes(codes, classes, coded.sections.get("centres"), quality)
+            decoded = _decoded(sizes, parts, geometry)
             positions = torch.arange(start + plain, start + len(ids))
             for place in range(len(geometry.producers)):
                 key = decoded[0][place]
@@ -103,7 +110,7 @@ class Residual:
                 values[place] = torch.cat([values[place], decoded[1][place].to(geometry.dtype)], dim=1)
         return Page(ids, start, keys, values)
 
-    def _unrotated(self, page: Page, plain: int, context: Context) -> tuple[list[Tensor], list[Tensor]]:
+    def _unrotated(self, page: Page, plain: int, context: Context) -> KeysValues:
         """Keys before RoPE and values of the tokens to code, in float32."""
         positions = torch.arange(page.start + plain, page.start + len(page))
         keys = [key[:, plain:].float() for key in page.keys]
@@ -111,18 +118,17 @@ class Residual:
             keys = [context.rotate(place, key, positions, True) for place, key in enumerate(keys)]
         return keys, [value[:, plain:].float() for value in page.values]
 
-    def _parts(
-        self, geometry: Geometry, keys: list[Tensor], values: list[Tensor]
-    ) -> tuple[tuple[Part, ...], dict[str, bytes]]:
+    def _parts(self, geometry: Geometry, tensors: KeysValues) -> tuple[tuple[Part, ...], dict[str, bytes]]:
         """The transform, and what of it the page must carry."""
         if self.basis is not None:
             self._check(geometry)
             return self.basis.parts, {}
-        stored = {}
-        for kind, tensors in enumerate((keys, values)):
-            channels = gather(tensors, range(len(tensors)))
-            scale = channels.std(0, correction=0).clamp_min(1e-6)
-            stored[f"statistics{kind}"] = torch.cat([channels.mean(0), scale]).half().numpy().tobytes()
+        means = gather(tensors, range(len(geometry.producers))).mean(0)
+        scales = torch.cat([tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind])
+        stored = {
+            "means": means.half().numpy().tobytes(),
+            "scales": scales.clamp_min(1e-6).half().numpy().tobytes(),
+        }
         return _restored_parts(stored, geometry), stored
 
     def _check(self, geometry: Geometry) -> None:
@@ -135,44 +141,53 @@ class Residual:
                 f"{given[1]}, {given[2]}; calibrate one for this model and plan"
             )
 
-    @staticmethod
-    def _decoded(
-        codes: Tensor, quality: float, parts: tuple[Part, ...], geometry: Geometry
-    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Keys and values by producer, `[H, n, D]`, from codes `[J, n]`."""
-        result: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
-        first = 0
-        for part in parts:
-            own = codes[first : first + len(part.mean)]
-            first += len(part.mean)
-            if part.transform is None:
-                channels = part.backward(own.T / quality)
-            else:
-                # components that are zero throughout cost nothing
-                used = own.any(1).nonzero()[:, 0]
-                scaled = (own[used].T / quality) @ part.transform.T[used]
-                channels = scaled * part.scale + part.mean
-            result[part.kind].update(scatter(channels, part.members, geometry))
-        return result
+
+def _centres(sizes: np.ndarray, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """By class, and size 1, 2, or more: the mean of what was rounded to it, less what it was rounded to; `[CLASSES,
+    SIZES]`, int8, in steps of 1/256."""
+    index = (classes.astype(np.int64)[:, None] * (SIZES + 1) + np.minimum(codes, SIZES)).reshape(-1)
+    count = np.bincount(index, minlength=CLASSES * (SIZES + 1))
+    total = np.bincount(index, weights=(sizes - codes).reshape(-1), minlength=len(count))
+    mean = (total / np.maximum(count, 1)).reshape(CLASSES, SIZES + 1)[:, 1:]
+    return np.clip(np.round(256 * mean), -127, 127).astype(np.int8)
 
 
-def _order(parts: tuple[Part, ...]) -> np.ndarray:
-    """Components by their deviation, largest first: neighbours are then packed alike."""
-    return torch.cat([part.deviation for part in parts]).argsort(descending=True, stable=True).numpy()
+def _sizes(codes: np.ndarray, classes: np.ndarray, centres: Any, quality: float) -> np.ndarray:
+    """Components `[J, n]`, float32, of codes."""
+    if centres is None or len(centres) != CLASSES * SIZES:
+        raise PageError(f"a coded page must have {CLASSES} times {SIZES} centres")
+    table = np.frombuffer(centres, dtype=np.int8).reshape(CLASSES, SIZES).astype(np.float32) / 256
+    table = np.concatenate([np.zeros((CLASSES, 1), np.float32), table], axis=1)
+    size = np.abs(codes)
+    moved = table[classes[:, None], np.minimum(size, SIZES)]
+    return (np.sign(codes) * (size + moved) / quality).astype(np.float32)
+
+
+def _decoded(components: np.ndarray, parts: tuple[Part, ...], geometry: Geometry) -> tuple[dict[int, Tensor], ...]:
+    """Keys and values by producer, `[H, n, D]`, from components `[J, n]`."""
+    result: tuple[dict[int, Tensor], ...] = ({}, {})
+    first = 0
+    for part in parts:
+        own = torch.from_numpy(components[first : first + len(part.mean)])
+        first += len(part.mean)
+        # components that are zero throughout cost nothing
+        used = own.any(1).nonzero()[:, 0]
+        channels = part.backward(own[used].T, used)
+        for kind, found in zip(result, scatter(channels, part.members, geometry), strict=True):
+            kind.update(found)
+    return result
 
 
 def _restored_parts(sections: Any, geometry: Geometry) -> tuple[Part, ...]:
-    """Parts without a transform, from the means and deviations that a page carries."""
-    members = tuple(range(len(geometry.producers)))
-    count = geometry.numbers // 2
-    parts = []
-    for kind in range(2):
-        data = sections.get(f"statistics{kind}")
-        if data is None or len(data) != 4 * count:
-            raise PageError(f"a page without a basis must carry {2 * count} statistics")
-        mean, scale = torch.from_numpy(np.frombuffer(data, dtype=np.float16).astype(np.float32)).split(count)
-        parts.append(Part(kind, members, mean, scale.clamp_min(1e-6), None, torch.ones(count)))
-    return tuple(parts)
+    """A part without a transform, from the means of channels and the deviations of heads that a page carries."""
+    heads = 2 * sum(geometry.heads)
+    means, scales = (sections.get(name) for name in ("means", "scales"))
+    if means is None or scales is None or len(means) != 2 * geometry.numbers or len(scales) != 2 * heads:
+        raise PageError(f"a page without a basis must carry {geometry.numbers} means and {heads} deviations")
+    mean, scale = (torch.from_numpy(np.frombuffer(data, np.float16).astype(np.float32)) for data in (means, scales))
+    by_member = scale.clamp_min(1e-6).reciprocal().split(2 * geometry.heads)
+    weights = tuple(own[:, None, None] * torch.eye(dim) for own, dim in zip(by_member, 2 * geometry.dims, strict=True))
+    return (Part(tuple(range(len(geometry.producers))), mean, weights, None),)
 
 
 def _to_half(page: Page, tokens: int) -> dict[str, bytes | memoryview]:

@@ -188,7 +188,12 @@ class PromptSession:
     @property
     def _context(self) -> Context:
         assert self.facts is not None
-        return Context(self.facts.geometry, self.facts.rotate)
+        return Context(self.facts.geometry, self.facts.rotate, self._seconds, self.store.bandwidth)
+
+    @property
+    def _seconds(self) -> float:
+        """Of prefill, a token, so far."""
+        return self._spent / max(self._computed * len(self.rows), 1)
 
     @property
     def _adoptable(self) -> int:
@@ -276,7 +281,6 @@ class PromptSession:
     def _submit(self) -> None:
         """Hands the pages of every different row that the store lacks to its writer."""
         assert self.facts is not None
-        seconds = self._spent / max(self._computed * len(self.rows), 1)
         seen: set[bytes] = set()
         for number, row in enumerate(self.rows):
             name = row.ids.tobytes()
@@ -293,7 +297,7 @@ class PromptSession:
                 partial(_page, self._pieces, self.facts.geometry, number, row, at, size)
                 for at in range(start, len(row.ids), size)
             ]
-            task = partial(_write, self.store, self.codec, self._context, parent, seconds, self.identity, pages)
+            task = partial(_write, self.store, self.codec, self._context, parent, self._seconds, self.identity, pages)
             self.store.submit(task, (len(row.ids) - start) * self.facts.geometry.token_bytes)
 
 

@@ -53,6 +53,7 @@ class Counts:
     failures: int = 0
     read_bytes: int = 0
     read_seconds: float = 0.0
+    decoding_seconds: float = 0.0
 
 
 class PrefixStore:
@@ -119,19 +120,27 @@ class PrefixStore:
 
     def load(self, match: Match, codecs: dict[str, PageCodec], context: Context) -> Page | None:
         """A matched page, None when it is not usable; a damaged one is removed."""
-        began, page = time.perf_counter(), None
+        page = None
         with self._surviving("read"):
+            began = time.perf_counter()
             data = self.backend.read(match.key, match.parent)
+            arrived = time.perf_counter()
+            self.counts.read_seconds += arrived - began
             try:
                 if data is not None:
-                    page = record.read(data, match.key, match.parent, codecs, context, self.secret)
                     self.counts.read_bytes += len(data)
+                    page = record.read(data, match.key, match.parent, codecs, context, self.secret)
             except PageError as error:
                 self.counts.damaged_pages += 1
                 self._say("damaged", f"dropped the page {match.key[:16]}, it will be computed again: {error}")
                 self.backend.delete(match.key, match.parent)
-            self.counts.read_seconds += time.perf_counter() - began
+            self.counts.decoding_seconds += time.perf_counter() - arrived
         return page
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second over all pages read so far; 0 when none was."""
+        return self.counts.read_bytes / self.counts.read_seconds if self.counts.read_seconds else 0.0
 
     def adopted(self, matches: Sequence[Match], tokens: int) -> None:
         """Counts pages of which a run has taken over so many tokens, those of all rows together."""
