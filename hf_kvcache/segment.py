@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs import CODECS, Codec, Payload
+from hf_kvcache.codecs.codec import RaggedCodec
+from hf_kvcache.kernels.library import uses_triton
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layout import Layout
 from hf_kvcache.stores import Store
@@ -142,8 +144,14 @@ class Segment:
         def attend_block(start: int, shape: tuple[int, int, int], part: Tensor, mask: Tensor | None, owners: Tensor):
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
+        def attend_runs(work: Tensor, parts: Tensor, part: Tensor):
+            return codec.attend_runs(payload, work, parts, part, scale, softcap)
+
+        codec = self.codec
+        ragged = not self.layout.uniform and isinstance(codec, RaggedCodec) and uses_triton(query)
+        by_runs = attend_runs if ragged else None
         if self.rows == tuple(range(self.layout.rows)):
-            return self.layout.attend(attend_block, query, beside)
+            return self.layout.attend(attend_block, query, beside, by_runs)
         # the batch rows that read one stored row become further rows of its query
         stored = torch.tensor(self.rows, device=query.device)
         place = torch.tensor([self.rows[:row].count(source) for row, source in enumerate(self.rows)])
@@ -151,7 +159,7 @@ class Segment:
         place = place.to(query.device)
         folded = query.new_zeros(self.layout.rows, readers, *query.shape[1:])
         folded[stored, place] = query
-        out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3))
+        out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3), attend_runs=by_runs)
         spread = (readers, query.shape[2])
         out, lse = out.unflatten(2, spread), lse.unflatten(2, spread)
         out, lse = out[stored, :, place], lse[stored, :, place]

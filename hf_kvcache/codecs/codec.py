@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,27 @@ class Codec(Protocol):
     def join(self, payloads: Sequence[Payload]) -> Payload:
         """The entries of several payloads, one after the other: of one that was encoded first, and of others that were
         encoded like it."""
+        ...
+
+
+@runtime_checkable
+class RaggedCodec(Codec, Protocol):
+    """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
+
+    def attend_runs(
+        self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of every run's own queries.
+
+        Args:
+            payload: what `encode` returned.
+            work, parts: the stretches of the runs.
+            query: `[R, H, M, D]`; run r * H + h, which is also the owner of its entries, has the queries `[r, h]`.
+            scale, softcap: as for `attend`.
+
+        Returns:
+            out `[R, H, M, D]` and lse `[R, H, M]`; a run without entries has out 0 and lse -inf.
+        """
         ...
 
 

@@ -29,6 +29,7 @@ from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_en
 from hf_kvcache.codecs.rotation import rotation
 from hf_kvcache.codecs.scalar import quantise, stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
+from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
 BITS = (2, 3, 4, 8)
 # scales tried, in units of the norm: keys pay for a finer search, since their errors matter several times as much
@@ -130,6 +131,25 @@ class TurboQuantCodec:
             softcap=softcap,
         )
         return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
+
+    def attend_runs(
+        self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        turned = self._rotation(query)
+        exact = query.to(torch.float32)
+        key_levels, value_levels = self._levels(query)
+        owners = torch.arange(query.shape[0] * query.shape[1], device=query.device).view(query.shape[:2])
+        out, lse = ragged_code_attention(
+            exact @ turned,
+            (payload["key_codes"], payload["key_scale"], key_levels),
+            (payload["value_codes"], payload["value_scale"], value_levels),
+            work,
+            parts,
+            self._shift(exact, payload["mean"], owners),
+            scale=scale,
+            softcap=softcap,
+        )
+        return (out @ turned.T).to(query.dtype), lse
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
