@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.ragged_attention import programs_of, work_list
 from hf_kvcache.kernels.merge_states import merge_partials, merge_states
+from hf_kvcache.kernels.ragged_attention import programs_of, work_list
 
 # the attention over a block costs about as much a token as over a long run from here on
 LARGEST_BLOCK = 256

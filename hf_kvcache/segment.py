@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -144,12 +145,9 @@ class Segment:
         def attend_block(start: int, shape: tuple[int, int, int], part: Tensor, mask: Tensor | None, owners: Tensor):
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
-        def attend_runs(work: Tensor, parts: Tensor, part: Tensor):
-            return codec.attend_runs(payload, work, parts, part, scale, softcap)
-
-        codec = self.codec
-        ragged = not self.layout.uniform and isinstance(codec, RaggedCodec) and uses_triton(query)
-        by_runs = attend_runs if ragged else None
+        by_runs = None
+        if not self.layout.uniform and isinstance(self.codec, RaggedCodec) and uses_triton(query):
+            by_runs = partial(self.codec.attend_runs, payload, scale=scale, softcap=softcap)
         if self.rows == tuple(range(self.layout.rows)):
             return self.layout.attend(attend_block, query, beside, by_runs)
         # the batch rows that read one stored row become further rows of its query

@@ -71,10 +71,10 @@ def why_not(device: torch.device) -> str | None:
         return "this installation has no hf_kvcache.kernels.triton_ops"
     if find_spec("triton") is None:
         return "Triton is not installed (pip install 'hf_kvcache[triton]')"
-    found = import_module("triton").__version__
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {found} is older than {'.'.join(map(str, OLDEST_TRITON))}"
-    if import_module("hf_kvcache.kernels.triton_ops.launch").INTERPRETED:
+    launch = import_module("hf_kvcache.kernels.triton_ops.launch")
+    if launch.VERSION < OLDEST_TRITON:
+        return f"Triton {'.'.join(map(str, launch.VERSION))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+    if launch.INTERPRETED:
         return None
     if device.type != "cuda":
         return f"Triton needs TRITON_INTERPRET=1 from the start of the process to compute on {device.type}"
@@ -88,7 +88,9 @@ def why_not(device: torch.device) -> str | None:
 
 @lru_cache(maxsize=64)
 def _say_once(missing: str) -> None:
-    warnings.warn(f"hf_kvcache computes attention over caches in plain PyTorch: {missing}", RuntimeWarning, stacklevel=2)
+    warnings.warn(
+        f"hf_kvcache computes attention over caches in plain PyTorch: {missing}", RuntimeWarning, stacklevel=2
+    )
 
 
 def with_triton(op: str, reference: Callable[..., Any], *keys: str, file: str = "") -> None:

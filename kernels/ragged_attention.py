@@ -1,11 +1,11 @@
 """`ragged_decode_attention`, `ragged_code_attention`: attention over runs of unequal length, by a list of work.
 
-A run is what one (row, KV head) keeps, and each has queries of its own. The list cuts all runs into *stretches* of about
-equal length, so that a run costs what its entries cost, however long the others are. Stretches are attended
+A run is what one (row, KV head) keeps, and each has queries of its own. The list cuts all runs into *stretches* of
+about equal length, so that a run costs what its entries cost, however long the others are. Stretches are attended
 independently and joined by their log-sum-exp.
 
-Shapes: query `[R, H, M, D]`, a run for each of R * H; entries `[N, ...]` as `decode_attention` and `code_attention` take
-them, in any order of runs; work int32 `[S, 3]`: (run, first entry, end) of every stretch, run by run; parts int32
+Shapes: query `[R, H, M, D]`, a run for each of R * H; entries `[N, ...]` as `decode_attention` and `code_attention`
+take them, in any order of runs; work int32 `[S, 3]`: (run, first entry, end) of every stretch, run by run; parts int32
 `[R * H + 1]`: where the stretches of every run begin. Returns out `[R, H, M, D]` in the dtype of the query and lse
 `[R, H, M]` in float32; a run without entries has out 0 and lse -inf.
 
@@ -23,8 +23,8 @@ from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, with_triton
 from hf_kvcache.kernels.merge_states import merge_states_reference
 
 # entries that a stretch is a multiple of, and is at least
-TILE = 64
-LEAST = 4 * TILE
+TILE = 128
+LEAST = 2 * TILE
 # stretches on a multiprocessor at once
 PROGRAMS = 12
 
@@ -65,7 +65,9 @@ def work_list(run: Tensor, first: Tensor, end: Tensor, runs: int, programs: int)
     source = torch.arange(len(run)).repeat_interleave(count)
     number = torch.arange(len(source)) - (count.cumsum(0) - count)[source]
     start = begin[source] + number * length
-    work = torch.stack([run[source], torch.maximum(start, first[source]), torch.minimum(start + length, end[source])], 1)
+    work = torch.stack(
+        [run[source], torch.maximum(start, first[source]), torch.minimum(start + length, end[source])], 1
+    )
     work = work[run[source].argsort(stable=True)]
     members = torch.bincount(run[source], minlength=runs)
     parts = torch.cat([members.new_zeros(1), members.cumsum(0)])

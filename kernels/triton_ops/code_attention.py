@@ -3,10 +3,11 @@
 A program is one warp with a stretch of one run's entries and the query rows that read it. Tokens are the rows of the
 tensor-core products and queries their columns, so that a group of up to 8 query heads wastes nothing and each code is
 loaded and unpacked once for all of them. Scales stay out of the products: a key's multiplies its score, a value's its
-weight. `codes.py` says how codes become numbers; what these owe (the 1024, the factors of the slots) is paid once a row.
+weight. `codes.py` says how codes become numbers; what these owe (the 1024, the factors) is paid once a row.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -14,19 +15,31 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_kvcache.kernels import ragged_attention
-from hf_kvcache.kernels.triton_ops.codes import numbers, slot_factor, slot_middle, slot_step
+from hf_kvcache.kernels.triton_ops.codes import numbers, slot_factor, slot_middle, slot_step, slots
 from hf_kvcache.kernels.triton_ops.launch import INTERPRETED, LOG2E, columns_for, cut, known, power_of_two, tanh_capped
 from hf_kvcache.kernels.triton_ops.merge_states import join_stretches
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
+EDGE = tl.constexpr(16)
 TILE = tl.constexpr(ragged_attention.TILE)
 
 
 @triton.jit
-def _words(WORDS, TOPS, base, low, high, BITS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr):
+def _words(
+    WORDS,
+    TOPS,
+    base,
+    low,
+    high,
+    BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    N: tl.constexpr,
+    EDGE: tl.constexpr,
+):
     """The words `[N, WIDE]` of entries base to base + N, and the top bits of 3-bit codes."""
-    SLOTS: tl.constexpr = 4 if BITS == 4 else 8
+    SLOTS: tl.constexpr = slots(BITS)
     ROW: tl.constexpr = DIM * BITS // 16
     rows = tl.arange(0, N)[:, None]
     words = tl.arange(0, WIDE)[None, :]
@@ -71,7 +84,7 @@ def _tile(
     words, tops = _words(KW, KT, base, low, high, KEY_BITS, DIM, KEY_WIDE, N, EDGE)
     keys = numbers(words, tops, key_a, key_b, KEY_BITS, KEY_CUBIC, ASM)
     scores = tl.dot(keys[0], query[0])
-    for j in tl.static_range(1, 4 if KEY_BITS == 4 else 8):
+    for j in tl.static_range(1, slots(KEY_BITS)):
         scores = tl.dot(keys[j], query[j], scores)
     scores = (scores - offset[None, :]) * (tl.abs(key_scale) * factor)[:, None]
     if SHIFT:
@@ -94,7 +107,7 @@ def _tile(
     values = numbers(words, tops, value_a, value_b, VALUE_BITS, VALUE_CUBIC, ASM)
     across = tl.trans(weights)
     added = ()
-    for j in tl.static_range(4 if VALUE_BITS == 4 else 8):
+    for j in tl.static_range(slots(VALUE_BITS)):
         added = added + (tl.dot(across, values[j], sums[j] * fade[:, None]),)
     return higher, total, owed, larger, added
 
@@ -127,7 +140,7 @@ def code_attention_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = column < queries
 
-    SLOTS: tl.constexpr = 4 if KEY_BITS == 4 else 8
+    SLOTS: tl.constexpr = slots(KEY_BITS)
     word = tl.arange(0, KEY_WIDE)
     source = Q + (run * queries + column[None, :]) * DIM + word[:, None] * SLOTS
     inside = real[None, :] & (word < DIM // SLOTS)[:, None]
@@ -155,7 +168,7 @@ def code_attention_kernel(
     if SHIFT:
         shift = tl.load(BIAS + run * queries + column, mask=real, other=0).to(tl.float32) * scale
 
-    V_SLOTS: tl.constexpr = 4 if VALUE_BITS == 4 else 8
+    V_SLOTS: tl.constexpr = slots(VALUE_BITS)
     zero = tl.zeros([COLUMNS], tl.float32)
     sums = ()
     for _ in tl.static_range(V_SLOTS):
@@ -174,16 +187,16 @@ def code_attention_kernel(
             state, base, 0, N, query, offset, factor, shift, cap, ka, kb, va, vb, KW, KT, KS, VW, VT, VS,
             DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_CUBIC, VALUE_CUBIC, SHIFT, CAP, N, False, ASM,
         )  # fmt: skip
-    # then the tiles of which it has a part only: the one before them and the one behind
-    before = full - N
+    # then what is before and behind them, EDGE entries at a time and masked
     behind = full + count * N
-    edges = tl.where(behind < end, 2, 1)
-    for i in range(tl.where(first < full, 0, 1).to(tl.int32), edges.to(tl.int32)):
-        base = tl.multiple_of(tl.where(i == 0, before, behind), N)
+    ahead = (tl.where(end > first, full - first, 0).to(tl.int32) + EDGE - 1) // EDGE
+    rest = (tl.maximum(end - behind, 0).to(tl.int32) + EDGE - 1) // EDGE
+    for i in range(0, ahead + rest):
+        base = tl.multiple_of(tl.where(i < ahead, full - (ahead - i) * EDGE, behind + (i - ahead) * EDGE), EDGE)
         state = _tile(
             state, base, first - base, end - base, query, offset, factor, shift, cap, ka, kb, va, vb,
             KW, KT, KS, VW, VT, VS,
-            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_CUBIC, VALUE_CUBIC, SHIFT, CAP, N, True, ASM,
+            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_CUBIC, VALUE_CUBIC, SHIFT, CAP, EDGE, True, ASM,
         )  # fmt: skip
 
     highest, total, owed, largest, sums = state
@@ -211,8 +224,9 @@ def launch(
     a list of work; key and value are (codes, scales, levels)."""
     rows, heads, queries, dim = query.shape
     runs, columns = rows * heads, columns_for(queries)
-    (key_bits, key_a, key_b), (value_bits, value_a, value_b) = (codebook(levels) for _, _, levels in (key, value))
-    tile = tile_of(dim, columns)
+    key_book, value_book = codebook(key[2]), codebook(value[2])
+    assert key_book is not None and value_book is not None
+    (key_bits, key_a, key_b), (value_bits, value_a, value_b) = key_book, value_book
     if work is None:
         tokens = len(key[0]) // runs
         splits, per = cut(runs, tokens, queries, query.device)
@@ -228,25 +242,36 @@ def launch(
         code_attention_kernel[(stretches, triton.cdiv(queries, columns))](
             exact, shift, key[0].view(torch.uint16), key[0], key[1], value[0].view(torch.uint16), value[0], value[1],
             exact if work is None else work, out, lse, tokens, splits, per, queries, scale * LOG2E, softcap * LOG2E,
-            key_a, key_b, value_a, value_b, DIM=dim, KEY_BITS=key_bits, VALUE_BITS=value_bits,
-            KEY_WIDE=power_of_two(dim // slots(key_bits), 16), VALUE_WIDE=power_of_two(dim // slots(value_bits), 16),
-            KEY_CUBIC=key_b != 0, VALUE_CUBIC=value_b != 0, SHIFT=bias is not None, CAP=softcap > 0,
-            RAGGED=work is not None, COLUMNS=columns, N=tile, ASM=not INTERPRETED,
-            num_warps=1 if columns <= 16 else 4, num_stages=2,
+            key_a, key_b, value_a, value_b, SHIFT=bias is not None, CAP=softcap > 0, RAGGED=work is not None,
+            ASM=not INTERPRETED, **configuration(dim, columns, key_bits, key_b != 0, value_bits, value_b != 0),
         )  # fmt: skip
     if not final:
         out, lse = join_stretches(out, lse, parts, splits, runs, query.dtype)
     return out.view(query.shape), lse.view(query.shape[:-1])
 
 
-def tile_of(dim: int, columns: int) -> int:
-    """Entries of a tile: as many as the registers of one warp hold decoded."""
-    return 64 if power_of_two(dim) <= 128 and columns <= 8 else 32
-
-
-def slots(bits: int) -> int:
-    """Codes in a 16-bit word."""
-    return 4 if bits == 4 else 8
+def configuration(
+    dim: int, columns: int, key_bits: int, key_cubic: bool, value_bits: int, value_cubic: bool
+) -> dict[str, Any]:
+    """What the kernel is compiled for, by head dimension, query rows and codebooks: the tile holds as many entries as
+    the registers of one warp do decoded."""
+    if power_of_two(dim) <= 128 and columns <= 8:
+        tile = 128 if key_bits == value_bits == 2 and not (key_cubic or value_cubic) else 64
+    else:
+        tile = 32
+    return {
+        "DIM": dim,
+        "KEY_BITS": key_bits,
+        "VALUE_BITS": value_bits,
+        "KEY_WIDE": power_of_two(dim // slots(key_bits), 16),
+        "VALUE_WIDE": power_of_two(dim // slots(value_bits), 16),
+        "KEY_CUBIC": key_cubic,
+        "VALUE_CUBIC": value_cubic,
+        "COLUMNS": columns,
+        "N": tile,
+        "num_warps": 1 if columns <= 16 else 4,
+        "num_stages": 2,
+    }
 
 
 def codebook(levels: Tensor) -> tuple[int, float, float] | None:

@@ -5,6 +5,8 @@ products and queries their columns, so that a group of up to 8 query heads waste
 stretches are joined by `merge_states.join_stretches`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +29,9 @@ def dense_kernel(
 ):  # fmt: skip
     """One stretch of entries and COLUMNS query rows.
 
-    `Q [B, heads, queries, DIM]`, `K` and `V` `[B, heads, tokens, *]`, `MASK` (uint8) `[B, heads, queries, tokens]`, each
-    with its strides; `OUT [stretches, queries, VALUE_DIM]`, `LSE [stretches, queries]` in float32. With RAGGED, `K` and
-    `V` are `[N, *]` and `WORK [stretches, 3]` holds (run, first entry, end). UPCAST: the interpreter cannot compute
+    `Q [B, heads, queries, DIM]`, `K` and `V` `[B, heads, tokens, *]`, `MASK` (uint8) `[B, heads, queries, tokens]`,
+    each with its strides; `OUT [stretches, queries, VALUE_DIM]`, `LSE [stretches, queries]` in float32. With RAGGED, `K`
+    and `V` are `[N, *]` and `WORK [stretches, 3]` holds (run, first entry, end). UPCAST: the interpreter cannot compute
     with bfloat16.
     """
     stretch = tl.program_id(0)
@@ -103,9 +105,10 @@ def launch(
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both forms: query `[B, H, M, D]` over key and value `[B, H, T, *]`, or over `[N, *]` by a list of work."""
+    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
     batch, heads, queries, dim = query.shape
     value_dim, runs = value.shape[-1], batch * heads
-    columns, tile = columns_for(queries), tile_of(max(dim, value_dim), query.dtype)
+    columns = columns_for(queries)
     if work is None:
         tokens = key.shape[2]
         splits, per = cut(runs, tokens, queries, query.device)
@@ -128,23 +131,28 @@ def launch(
         dense_kernel[(stretches, triton.cdiv(queries, columns))](
             query, key, value, masking, query if work is None else work, out, lse, tokens, heads, splits, per, queries,
             scale * LOG2E, log2_cap, *query.stride()[:3], *strides, *mask_strides,
-            DIM=dim, VALUE_DIM=value_dim, WIDE=power_of_two(dim, 16), VALUE_WIDE=power_of_two(value_dim, 16),
-            MASKING=mask is not None, CAP=softcap > 0, RAGGED=work is not None, COLUMNS=columns, N=tile,
-            UPCAST=INTERPRETED and query.dtype == torch.bfloat16, num_warps=warps_of(columns), num_stages=2,
+            MASKING=mask is not None, CAP=softcap > 0, RAGGED=work is not None,
+            UPCAST=INTERPRETED and query.dtype == torch.bfloat16,
+            **configuration(dim, value_dim, columns, query.dtype.itemsize),
         )  # fmt: skip
     if not final:
         out, lse = join_stretches(out, lse, parts, splits, runs, query.dtype)
     return out.view(batch, heads, queries, value_dim), lse.view(batch, heads, queries)
 
 
-def tile_of(dim: int, dtype: torch.dtype) -> int:
-    """Entries of a tile: keys and values of two stages, about 32 KiB, leave room for several programs."""
-    wide = power_of_two(dim, 16) * dtype.itemsize
-    return min(64, max(16, 8192 // wide))
-
-
-def warps_of(columns: int) -> int:
-    return 1 if columns <= 16 else 4
+def configuration(dim: int, value_dim: int, columns: int, itemsize: int) -> dict[str, Any]:
+    """What the kernel is compiled for: keys and values of two stages in 32 KiB leave room for several programs."""
+    wide, value_wide = power_of_two(dim, 16), power_of_two(value_dim, 16)
+    return {
+        "DIM": dim,
+        "VALUE_DIM": value_dim,
+        "WIDE": wide,
+        "VALUE_WIDE": value_wide,
+        "COLUMNS": columns,
+        "N": min(64, max(16, 8192 // (max(wide, value_wide) * itemsize))),
+        "num_warps": 1 if columns <= 16 else 4,
+        "num_stages": 2,
+    }
 
 
 def decode_attention(
@@ -153,8 +161,7 @@ def decode_attention(
     """The operator; `NotImplemented` for an additive mask, several dtypes, float64 and wide heads."""
     if not takes(query, key, value) or (mask is not None and mask.dtype != torch.bool):
         return NotImplemented
-    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return launch(*rows, mask, None, None, scale, softcap)
+    return launch(query, key, value, mask, None, None, scale, softcap)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """What the launchers share: how work is cut into stretches, and what they cannot take."""
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,9 @@ from torch import Tensor
 
 from hf_kvcache.kernels.ragged_attention import LEAST, TILE, programs_of
 
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# as Triton reads it when the kernels are imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 LOG2E = 1.4426950408889634
 # query rows of one program; more of them are further programs, which read the entries again

@@ -11,8 +11,7 @@ def ragged_decode_attention(
     """The operator; `NotImplemented` where `decode_attention` has no kernel."""
     if not decode_attention.takes(query, key, value):
         return NotImplemented
-    rows = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return decode_attention.launch(*rows, None, work, parts, scale, softcap)
+    return decode_attention.launch(query, key, value, None, work, parts, scale, softcap)
 
 
 def ragged_code_attention(

@@ -22,7 +22,9 @@ HALF = 2.0**-11  # relative rounding of float16
 
 BITS = pytest.mark.parametrize("bits", [4, 3, 2])
 BOOKS = pytest.mark.parametrize("book", ["uniform", "cubic"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,9 @@ def oracle(query, key, value, mask=None, bias=0.0, scale=1.0, softcap=0.0):
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     # as logsumexp, which some of these tests forbid the kernels
-    top = scores.amax(-1, keepdim=True).clamp_min(-1e300) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    top = (
+        scores.amax(-1, keepdim=True).clamp_min(-1e300) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    )
     weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
     return weights @ value.double() / total.clamp_min(1e-300), (total.log() + top).squeeze(-1)
@@ -93,32 +97,37 @@ def check(name, actual, exact, error):
 
 def check_codes(out, lse, query, key, value, scale, exact):
     """Scores carry the rounding of a float16 query, results that of float16 weights and levels."""
-    reach = float((query.double().norm(dim=-1).amax() * key.norm(dim=-1).amax() * scale))
-    check("lse", lse, exact[1], 2 * HALF * reach / float(exact[1][exact[1].isfinite()].abs().max().clamp_min(1e-3)) + 1e-5)
+    reach = float(query.double().norm(dim=-1).amax() * key.norm(dim=-1).amax() * scale)
+    check(
+        "lse", lse, exact[1], 2 * HALF * reach / float(exact[1][exact[1].isfinite()].abs().max().clamp_min(1e-3)) + 1e-5
+    )
     check("out", out, exact[0], 2 * HALF * reach + 4 * HALF)
 
 
 @BITS
 @BOOKS
-@pytest.mark.parametrize("shape", [(1, 2, 300, 128, 4), (2, 1, 77, 64, 3), (1, 3, 1, 96, 11), (1, 1, 130, 80, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 150, 128, 4), (2, 1, 77, 64, 3), (1, 3, 1, 96, 11), (1, 1, 65, 80, 1)], ids=str
+)
 def test_codes(no_reference, bits, book, shape):
     rows, heads, tokens, dim, queries = shape
     key, plain_key = coded(rows * heads * tokens, dim, bits, book, seed=1, scale=0.3)
     value, plain_value = coded(rows * heads * tokens, dim, bits, book, seed=2)
     query, bias = draw(rows, heads, queries, dim, seed=3), draw(rows, heads, queries, seed=4)
-    for shift, softcap in ((bias, 0.0), (None, 2.0)):
-        out, lse = code_attention(query, key, value, shift, scale=dim**-0.5, softcap=softcap)
-        split = (rows, heads, tokens, dim)
-        k, v = plain_key.view(split), signed(value, plain_value).view(split)
-        shifted = 0.0 if shift is None else shift.double()[..., None] * (key[1] > 0).view(rows, heads, 1, tokens)
-        exact = oracle(query, k, v, None, shifted, dim**-0.5, softcap)
-        check_codes(out, lse, query, k, v, dim**-0.5, exact)
+    # one of the shapes without a shift, with a soft cap
+    shift, softcap = (None, 2.0) if dim == 80 else (bias, 0.0)
+    out, lse = code_attention(query, key, value, shift, scale=dim**-0.5, softcap=softcap)
+    split = (rows, heads, tokens, dim)
+    k, v = plain_key.view(split), signed(value, plain_value).view(split)
+    shifted = 0.0 if shift is None else shift.double()[..., None] * (key[1] > 0).view(rows, heads, 1, tokens)
+    exact = oracle(query, k, v, None, shifted, dim**-0.5, softcap)
+    check_codes(out, lse, query, k, v, dim**-0.5, exact)
 
 
-@pytest.mark.parametrize("key_bits,value_bits", itertools.permutations((4, 3, 2), 2))
+@pytest.mark.parametrize("key_bits,value_bits", list(itertools.permutations((4, 3, 2), 2)))
 def test_keys_and_values_of_other_widths(no_reference, key_bits, value_bits):
-    key, k = coded(150, 64, key_bits, "cubic", seed=1, scale=0.3)
-    value, v = coded(150, 64, value_bits, "uniform", seed=2)
+    key, k = coded(70, 64, key_bits, "cubic", seed=1, scale=0.3)
+    value, v = coded(70, 64, value_bits, "uniform", seed=2)
     query = draw(1, 1, 4, 64)
     out, lse = code_attention(query, key, value, scale=0.125)
     exact = oracle(query, k[None, None], signed(value, v)[None, None], scale=0.125)
@@ -128,8 +137,8 @@ def test_keys_and_values_of_other_widths(no_reference, key_bits, value_bits):
 @pytest.mark.parametrize("size", [1e-4, 1e4])
 def test_codes_of_extreme_numbers(no_reference, size):
     """float16 holds neither a tiny scale times a small weight nor a large query."""
-    key, k = coded(200, 64, 4, "uniform", seed=1, scale=0.3 / size)
-    value, v = coded(200, 64, 4, "uniform", seed=2, scale=1 / size)
+    key, k = coded(100, 64, 4, "uniform", seed=1, scale=0.3 / size)
+    value, v = coded(100, 64, 4, "uniform", seed=2, scale=1 / size)
     query = draw(1, 1, 4, 64) * size
     key = (key[0], key[1].float() if size > 1 else key[1], key[2])
     out, lse = code_attention(query, key, value, scale=0.125)
@@ -151,7 +160,7 @@ def ranges(lengths, order_seed=0):
     return torch.tensor(run), torch.tensor(first), torch.tensor(end), place
 
 
-LENGTHS = pytest.mark.parametrize("lengths", [(700, 37, 1, 0), (0, 0, 5, 64), (128, 128, 300, 65)], ids=str)
+LENGTHS = pytest.mark.parametrize("lengths", [(600, 37, 1, 0), (0, 0, 5, 64)], ids=str)
 
 
 @LENGTHS
@@ -201,7 +210,7 @@ def plain_attention(query, key, value, mask, scale, softcap):
 
 
 @DTYPES
-@pytest.mark.parametrize("tokens,dim,queries", [(1, 64, 1), (63, 80, 3), (500, 64, 5), (333, 128, 9), (40, 256, 40)])
+@pytest.mark.parametrize("tokens,dim,queries", [(1, 64, 1), (63, 80, 3), (400, 64, 5), (133, 128, 9), (40, 256, 40)])
 @pytest.mark.parametrize("options", ["plain", "softcap", "mask"])
 def test_dense(no_reference, dtype, tokens, dim, queries, options):
     query, key, value = (draw(2, 2, n, dim, seed=n, dtype=dtype) for n in (queries, tokens, tokens))
