@@ -2,15 +2,15 @@
 
     n_t = mean over g of || v_t W_g ||_1      or, through the Gram matrix M_g = W_g W_g^T,  of sqrt(v_t M_g v_t^T)
 
-Shapes: value `[B, H_kv, T, D]`, weight `[H_kv, G, D, E]` in float32: W itself with E the size of the residual stream for
-the L1 norm, M with E = D for the L2 norm. Returns `[B, H_kv, T]` in float32. The image of the values, `[T, E]` a head, is
-never held as a whole.
+Shapes: value `[B, H_kv, T, D]`, weight `[H_kv, G, D, E]` in float32: W itself with E the size of the residual stream
+for the L1 norm, M with E = D for the L2 norm. Returns `[B, H_kv, T]` in float32. The image of the values, `[T, E]` a
+head, is never held as a whole.
 """
 
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, with_triton
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
 # projected values of at most so many elements are in memory at once
 ELEMENTS_AT_ONCE = 1 << 22
@@ -45,4 +45,6 @@ torch.library.register_autograd("hf_kvcache::value_norm", refuse_gradient("value
 
 def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
     """Calls the operator. See the module's first lines for formula and shapes."""
+    if straight_to_cpu(value):
+        return value_norm_reference(value, weight, gram)
     return torch.ops.hf_kvcache.value_norm(value, weight, gram)

@@ -10,7 +10,7 @@ reads the keys twice, once for the log-sum-exp of every query, and writes nothin
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, with_triton
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
 LIBRARY.define("window_scores(Tensor query, Tensor key, float scale, float softcap) -> Tensor")
 
@@ -39,4 +39,6 @@ torch.library.register_autograd("hf_kvcache::window_scores", refuse_gradient("wi
 
 def window_scores(query: Tensor, key: Tensor, *, scale: float, softcap: float = 0.0) -> Tensor:
     """Calls the operator. See the module's first lines for formula and shapes."""
+    if straight_to_cpu(query):
+        return window_scores_reference(query, key, scale, softcap)
     return torch.ops.hf_kvcache.window_scores(query, key, scale, softcap)

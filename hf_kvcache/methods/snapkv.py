@@ -52,7 +52,7 @@ class SnapKV(ScoringMethod):
         return self.window
 
     def score(self, observation: Observation) -> Tensor:
-        weights = observation.attention(last=self.window).mean(dim=3)
+        weights = observation.window_scores(self.window)
         return pool(weights, self.kernel_size, self.pooling, self.window).mean(dim=2)
 
 

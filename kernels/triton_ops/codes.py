@@ -112,14 +112,10 @@ def numbers(words, tops, a, b, BITS: tl.constexpr, CUBIC: tl.constexpr, ASM: tl.
             arguments = (words, tops, first, second) if BITS == 3 else (words, first, second)
         else:
             arguments = (words, tops) if BITS == 3 else (words,)
-        if BITS == 4:
-            text: tl.constexpr = CUBIC_4 if CUBIC else STEPS_4
-        elif BITS == 3:
-            text: tl.constexpr = CUBIC_3 if CUBIC else STEPS_3
-        else:
-            text: tl.constexpr = CUBIC_2 if CUBIC else STEPS_2
+        STEPS: tl.constexpr = STEPS_4 if BITS == 4 else (STEPS_3 if BITS == 3 else STEPS_2)
+        LEVELS: tl.constexpr = CUBIC_4 if BITS == 4 else (CUBIC_3 if BITS == 3 else CUBIC_2)
         return tl.inline_asm_elementwise(
-            text,
+            LEVELS if CUBIC else STEPS,
             constraints(BITS, CUBIC),
             args=arguments,
             dtype=(tl.float16,) * slots(BITS),

@@ -30,9 +30,9 @@ def dense_kernel(
     """One stretch of entries and COLUMNS query rows.
 
     `Q [B, heads, queries, DIM]`, `K` and `V` `[B, heads, tokens, *]`, `MASK` (uint8) `[B, heads, queries, tokens]`,
-    each with its strides; `OUT [stretches, queries, VALUE_DIM]`, `LSE [stretches, queries]` in float32. With RAGGED, `K`
-    and `V` are `[N, *]` and `WORK [stretches, 3]` holds (run, first entry, end). UPCAST: the interpreter cannot compute
-    with bfloat16.
+    each with its strides; `OUT [stretches, queries, VALUE_DIM]`, `LSE [stretches, queries]` in float32. With RAGGED,
+    `K` and `V` are `[N, *]` and `WORK [stretches, 3]` holds (run, first entry, end). UPCAST: the interpreter cannot
+    compute with bfloat16.
     """
     stretch = tl.program_id(0)
     if RAGGED:

@@ -1,4 +1,4 @@
-"""`value_norm` in Triton: the projection and its norm in one kernel, so that the image of the values is never written."""
+"""`value_norm` in Triton: projection and norm in one kernel, so that the image of the values is never written."""
 
 import torch
 import triton

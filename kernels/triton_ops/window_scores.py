@@ -42,7 +42,7 @@ def lse_kernel(
     DIM: tl.constexpr, WIDE: tl.constexpr, CAP: tl.constexpr, UPCAST: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The log-sum-exp, to the base two, of ROWS queries over a stretch of `per` tokens: `LSE [runs, STRETCHES, rows]`."""
+    """The log-sum-exp, to the base two, of ROWS queries over `per` tokens: `LSE [runs, stretches, queries]`."""
     run, stretch = tl.program_id(0).to(tl.int64), tl.program_id(1)
     K += run // heads * k_run + run % heads * k_head
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
