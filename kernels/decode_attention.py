@@ -45,15 +45,21 @@ def decode_attention_reference(
 def decode_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
+    out, lse = _fused(query, key, value, mask, scale, softcap)
+    return out.contiguous(), lse.contiguous()
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
     """PyTorch's fused CPU kernel, which also returns the log-sum-exp; the plain formula where it does not apply."""
     if softcap > 0 or query.dtype == torch.float64 or key.shape[-1] != value.shape[-1]:
         return decode_attention_reference(query, key, value, mask, scale, softcap)
     if mask is not None:
         mask = _additive(mask, query.dtype).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, False, attn_mask=mask, scale=scale
     )
-    return out.contiguous(), lse.contiguous()
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -88,5 +94,5 @@ def decode_attention(
         (torch.Size([1, 2, 3, 64]), torch.Size([1, 2, 3]))
     """
     if straight_to_cpu(query):
-        return decode_attention_cpu(query, key, value, mask, scale, softcap)
+        return _fused(query, key, value, mask, scale, softcap)
     return torch.ops.hf_kvcache.decode_attention(query, key, value, mask, scale, softcap)

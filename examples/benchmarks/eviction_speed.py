@@ -1,10 +1,10 @@
 """Eviction on SmolLM2-135M against transformers' default cache: bytes, cost in prefill, decode, peak memory.
 
-float32 on the CPU. All methods run in one process, interleaved with the default cache; speeds are medians over
-repetitions of the ratio to the default within one repetition. Bytes are live storages right after the prefill, indices
-included. `prefill_overhead` is what scoring, selecting and compacting add to a plain prefill: the CPU time of a
-prefill with the method over that with `method=None`, less one. `peak_mb` is the most memory that a prefill takes above
-the level before it, in a fresh process each.
+float32 on the CPU; speeds are ratios to the default cache, timed in turn (`interleaved.py`). Bytes are live storages
+right after the prefill, indices included. `prefill_overhead` is what scoring, selecting and compacting take of a
+prefill: the time in those parts over the time in all others, within the same prefill; the second passes of `kvzip` are
+in `prefill_speedup` only. `peak_mb` is the most memory that a prefill takes above the level before it, in a fresh
+process each.
 
     python examples/benchmarks/eviction_speed.py [--context 4096] [--budget 0.25] [--repetitions 5] [--steps 16]
 """
@@ -15,17 +15,18 @@ import argparse
 import json
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
 
 import torch
 from common import write_results
+from interleaved import DEFAULT, compare, twin
 
-from hf_kvcache import HeadImportance, patch_model, smollm2, unpatch_model
-from hf_kvcache.measure import cache_bytes
+from hf_kvcache import HeadImportance, patch_model, smollm2
+from hf_kvcache.layers import KVCacheLayer
 
 METHODS = {
     "none": {},
@@ -56,19 +57,29 @@ def context(tokenizer, length: int) -> torch.Tensor:
     return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
 
 
-@torch.no_grad()
-def timed(model, ids: torch.Tensor, steps: int) -> tuple[float, float, int]:
-    """CPU seconds of a prefill, which other work disturbs less than wall time; wall seconds of the median decode step;
-    and bytes held between them."""
-    start = time.process_time()
-    out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill, held, times = time.process_time() - start, cache_bytes(out.past_key_values), []
-    for _ in range(steps):
-        token = out.logits[:, -1:].argmax(-1)
-        begin = time.perf_counter()
-        out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
-        times.append(time.perf_counter() - begin)
-    return prefill, median(times), held
+class OwnWork:
+    """Measures, while it is entered, how long cache layers record, score, select and compact."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._originals = {name: getattr(KVCacheLayer, name) for name in ("_record", "_finish_forward")}
+
+    def __enter__(self) -> OwnWork:
+        for name, original in self._originals.items():
+            setattr(KVCacheLayer, name, self._measured(original))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, original in self._originals.items():
+            setattr(KVCacheLayer, name, original)
+
+    def _measured(self, original: Callable[..., None]) -> Callable[..., None]:
+        def measured(*args: object) -> None:
+            start = time.perf_counter()
+            original(*args)
+            self.seconds += time.perf_counter() - start
+
+        return measured
 
 
 def peak_memory(name: str, length: int, budget: float) -> float:
@@ -82,28 +93,19 @@ def measure_peak(name: str, length: int, budget: float) -> None:
     ids = context(tokenizer, length)
     if name != "default":
         patch(model, tokenizer, name, budget)
-    resident = Path("/proc/self/statm")
-    page_mb = 4096 / 2**20
-
-    def now() -> float:
-        return int(resident.read_text().split()[1]) * page_mb
-
-    done, highest = threading.Event(), [0.0]
-
-    def watch() -> None:
-        while not done.is_set():
-            highest[0] = max(highest[0], now())
-            time.sleep(0.002)
-
     with torch.no_grad():
         model(input_ids=ids[:, :256], use_cache=True, logits_to_keep=1)
-        before = now()
-        thread = threading.Thread(target=watch)
-        thread.start()
+        before = resident_mb("VmRSS")
+        # sets the mark of the highest level back to the present one
+        Path("/proc/self/clear_refs").write_text("5")
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        done.set()
-        thread.join()
-    print(json.dumps(highest[0] - before))
+    print(json.dumps(resident_mb("VmHWM") - before))
+
+
+def resident_mb(what: str) -> float:
+    """A figure of /proc/self/status, in MB: VmRSS, what is resident, or VmHWM, the most that was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1024
 
 
 def main() -> None:
@@ -112,7 +114,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="the first must be none")
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--no-peak", action="store_true", help="leave out peak memory, which takes a process a method")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -122,19 +124,12 @@ def main() -> None:
     model, tokenizer = smollm2.load()
     ids = context(tokenizer, options.context)
     names = options.methods or list(METHODS)
-    decode: dict[str, list[float]] = {name: [] for name in names}
-    prefill: dict[str, list[float]] = {name: [] for name in names}
-    held: dict[str, int] = {}
-    for _ in range(options.repetitions):
-        _, default, full_bytes = timed(model, ids, options.steps)
-        own = 0.0
-        for name in names:
-            patch(model, tokenizer, name, options.budget)
-            seconds, step, held[name] = timed(model, ids, options.steps)
-            unpatch_model(model)
-            own = own or seconds
-            prefill[name].append(seconds / own)
-            decode[name].append(default / step)
+    copies = {DEFAULT: model} | {name: twin(model) for name in names}
+    for name in names:
+        patch(copies[name], tokenizer, name, options.budget)
+    with OwnWork() as own:
+        timings = compare(copies, ids, options.repetitions, options.steps, lambda: own.seconds)
+    full_bytes = timings[DEFAULT].kv_bytes
     peaks = {} if options.no_peak else {name: peak_memory(name, options.context, options.budget) for name in names}
     default_peak = 0.0 if options.no_peak else peak_memory("default", options.context, options.budget)
     rows = []
@@ -143,13 +138,9 @@ def main() -> None:
             "method": name,
             "context": options.context,
             "budget": 1.0 if name == "none" else options.budget,
-            "kv_bytes_of_default": held[name] / full_bytes,
-            "prefill_overhead": median(prefill[name]) - 1,
-            "decode_speedup": median(decode[name]),
-            "decode_speedup_min": min(decode[name]),
-            "decode_speedup_max": max(decode[name]),
-            "repetitions": options.repetitions,
-        }
+            "kv_bytes_of_default": timings[name].kv_bytes / full_bytes,
+            "prefill_overhead": median(timings[name].own),
+        } | timings[name].row()
         if peaks:
             row |= {"peak_mb": peaks[name], "default_peak_mb": default_peak, "default_cache_mb": full_bytes / 2**20}
         rows.append(row)

@@ -1,7 +1,7 @@
 """Bytes, prefill and decode of SmolLM2-135M against transformers' default cache, float32 on the CPU.
 
-All variants run in one process, interleaved; every figure is the median over repetitions of the ratio to the default
-within one repetition. KVSharer's map does not matter for speed, so a fixed one is used: nothing is searched.
+Speeds are ratios to the default cache, timed in turn (`interleaved.py`). KVSharer's map does not matter for speed, so a
+fixed one is used: nothing is searched.
 
     python examples/benchmarks/speed.py [--context 4096] [--repetitions 5] [--steps 16]
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 from importlib.resources import files
-from statistics import median
 
 import torch
 from common import write_results
+from interleaved import DEFAULT, compare, twin
 
 from hf_kvcache import KVSharer, SharingPlan, patch_model, smollm2, unpatch_model
-from hf_kvcache.measure import cache_bytes, speed
+from hf_kvcache.measure import speed
 
 
 def variants(num_layers: int) -> dict[str, KVSharer | None]:
@@ -54,20 +54,11 @@ def main() -> None:
     text = (files("hf_kvcache") / "data" / "demo.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : options.context]
     num_layers = model.config.num_hidden_layers
-    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in variants(num_layers)}
-    held: dict[str, int] = {}
-    with torch.no_grad():
-        full_bytes = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
-    for _ in range(options.repetitions):
-        default = speed(model, ids, options.steps)
-        for name, method in variants(num_layers).items():
-            patch_model(model, method)
-            own = speed(model, ids, options.steps)
-            if name not in held:
-                with torch.no_grad():
-                    held[name] = cache_bytes(model(ids, logits_to_keep=1).past_key_values)
-            unpatch_model(model)
-            measured[name].append((default.prefill / own.prefill, default.decode / own.decode))
+    copies = {DEFAULT: model} | {name: twin(model) for name in variants(num_layers)}
+    for name, method in variants(num_layers).items():
+        patch_model(copies[name], method)
+    timings = compare(copies, ids, options.repetitions, options.steps)
+    full_bytes = timings[DEFAULT].kv_bytes
     rows = []
     for name, method in variants(num_layers).items():
         plan = method.plan if method else SharingPlan.identity(num_layers)
@@ -75,16 +66,12 @@ def main() -> None:
             {
                 "method": name,
                 "context": ids.shape[1],
-                "kv_bytes": held[name],
-                "kv_bytes_of_default": held[name] / full_bytes,
+                "kv_bytes": timings[name].kv_bytes,
+                "kv_bytes_of_default": timings[name].kv_bytes / full_bytes,
                 "promised_share": 1 - len(plan.consumers) / num_layers,
-                "prefill_speedup": median(prefill for prefill, _ in measured[name]),
-                "decode_speedup": median(decode for _, decode in measured[name]),
-                "decode_speedup_min": min(decode for _, decode in measured[name]),
-                "decode_speedup_max": max(decode for _, decode in measured[name]),
                 "consumer_projection_calls": projections_called(model, ids[:, :64], plan),
-                "repetitions": options.repetitions,
             }
+            | timings[name].row()
         )
     write_results(f"speed_{ids.shape[1]}", rows)
 

@@ -7,32 +7,28 @@
 Distortion: mean square error over mean square; and the mean square error of inner products with random directions,
 times D, over the mean squares of both vectors (published for unit vectors and prod: 0.56, 0.18, 0.047 for 2 to 4 bits).
 
-Fidelity: the first 1024 tokens of a window are the prompt, the next 160 are teacher-forced through the cache. KL is
-KL(untouched || method), in nats a token.
+Fidelity: see `fidelity.py`. Transformers' quantised caches take part where hqq and optimum-quanto are installed.
 """
 
 from __future__ import annotations
 
 import argparse
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
-from common import TEST_TEXTS, evaluation_texts, windows, write_results
+from common import add_results, windows, write_results
+from fidelity import PREFIX, Fidelity, texts
+from interleaved import DEFAULT, compare, twin
+from peer_backends import missing
 from torch import Tensor
 
-from hf_kvcache import Fp8, Method, TurboQuant, Uniform, patch_model, smollm2, unpatch_model
+from hf_kvcache import Fp8, Method, TurboQuant, Uniform, patch_model, smollm2
 from hf_kvcache.codecs import Codec, Fp8Codec, PaperTurboQuantCodec, TurboQuantCodec, UniformCodec
-from hf_kvcache.measure import cache_bytes, continuation, kl_divergence, speed, top1_agreement
 
-PREFIX, SCORED = 1024, 160
+PEERS = ("quanto4", "quanto2", "hqq4", "hqq2")
 # printed in the paper for TurboQuant_mse on unit vectors
 PUBLISHED = {2: 0.117, 3: 0.03, 4: 0.009}
-
-
-def texts() -> dict[str, str]:
-    """Five domains, none of them in the calibration sample."""
-    return {**evaluation_texts(), "novel": (TEST_TEXTS / "novel.txt").read_text(encoding="utf-8")}
 
 
 def codecs() -> dict[str, Codec]:
@@ -138,67 +134,32 @@ def distortion(model: Any, tokenizer: Any) -> None:
     write_results("turboquant_distortion", rows)
 
 
-def fidelity(model: Any, tokenizer: Any, count: int) -> None:
-    """One row for every method and domain, the mean over domains last."""
-    ids = {domain: windows(tokenizer, text, count, PREFIX + SCORED + 1) for domain, text in texts().items()}
-
-    def answers(domain: str):
-        return [continuation(model, window[None], PREFIX) for window in ids[domain]]
-
-    full = {domain: answers(domain) for domain in ids}
-    rows = []
-    for name, method in methods().items():
-        patch_model(model, method)
-        scores = []
-        for domain in ids:
-            pairs = list(zip(full[domain], answers(domain), strict=True))
-            scores.append(
-                {
-                    "domain": domain,
-                    "kl": mean(kl_divergence(*pair) for pair in pairs),
-                    "loss_increase": mean(after.loss - before.loss for before, after in pairs),
-                    "top1": mean(top1_agreement(*pair) for pair in pairs),
-                    "kv_bytes_of_full": mean(after.kv_bytes / before.kv_bytes for before, after in pairs),
-                }
-            )
-        unpatch_model(model)
-        scores.append({"domain": "mean", **{key: mean(s[key] for s in scores) for key in list(scores[0])[1:]}})
-        rows += [{"method": name, "windows": count, **score} for score in scores]
-        print(name, f"KL {scores[-1]['kl']:.5f}", f"bytes {scores[-1]['kv_bytes_of_full']:.4f}", flush=True)
-    write_results("turboquant_fidelity", rows)
+def fidelity(model: Any, tokenizer: Any, count: int, names: list[str] | None) -> None:
+    """One row for every method and domain, their mean last; transformers' caches where they are installed."""
+    protocol, own = Fidelity(model, tokenizer, count), methods()
+    for name in names or [*own, *PEERS]:
+        reason = None if name in own else missing("transformers", name)
+        if reason:
+            print(f"skipping {name}: {reason}")
+            continue
+        for row in protocol.of_method(name, own[name]) if name in own else protocol.of_peer(name):
+            add_results("turboquant_fidelity", row, ("method", "windows", "domain"))
 
 
 def speeds(model: Any, tokenizer: Any, contexts: list[int], repetitions: int, steps: int) -> None:
     """Ratios to the default cache, interleaved; one row for every context and method."""
     chosen = {name: method for name, method in methods().items() if name in ("none", "turboquant 4", "turboquant 2")}
+    copies = {DEFAULT: model} | {name: twin(model) for name in chosen}
+    for name, method in chosen.items():
+        patch_model(copies[name], method)
     rows = []
     for context in contexts:
         ids = windows(tokenizer, texts()["manual"], 1, context)
-        ratios: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
-        held = {}
-        for _ in range(repetitions):
-            default = speed(model, ids, steps)
-            for name, method in chosen.items():
-                patch_model(model, method)
-                own = speed(model, ids, steps)
-                held[name] = (
-                    cache_bytes(model(ids, logits_to_keep=1).past_key_values) if name not in held else held[name]
-                )
-                unpatch_model(model)
-                ratios[name].append((default.prefill / own.prefill, default.decode / own.decode))
-        for name, pairs in ratios.items():
-            rows.append(
-                {
-                    "method": name,
-                    "context": context,
-                    "kv_bytes_of_full": held[name] / held["none"],
-                    "prefill_speedup": median(prefill for prefill, _ in pairs),
-                    "decode_speedup": median(decode for _, decode in pairs),
-                    "decode_speedup_min": min(decode for _, decode in pairs),
-                    "decode_speedup_max": max(decode for _, decode in pairs),
-                    "repetitions": repetitions,
-                }
-            )
+        timings = compare(copies, ids, repetitions, steps)
+        full_bytes = timings[DEFAULT].kv_bytes
+        for name in chosen:
+            held = timings[name].kv_bytes / full_bytes
+            rows.append({"method": name, "context": context, "kv_bytes_of_full": held} | timings[name].row())
     write_results("turboquant_speed", rows)
 
 
@@ -209,13 +170,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8000], help="for speed")
     parser.add_argument("--repetitions", type=int, default=5, help="for speed")
     parser.add_argument("--steps", type=int, default=8, help="decode steps, for speed")
+    parser.add_argument("--methods", nargs="+", help="some of the methods only, for fidelity; other rows stay")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     model, tokenizer = smollm2.load()
     if options.part == "distortion":
         distortion(model, tokenizer)
     elif options.part == "fidelity":
-        fidelity(model, tokenizer, options.windows)
+        fidelity(model, tokenizer, options.windows, options.methods)
     else:
         speeds(model, tokenizer, options.contexts, options.repetitions, options.steps)
 

@@ -42,10 +42,9 @@ class DenseCodec:
     ) -> tuple[Tensor, Tensor]:
         (rows, heads, tokens), readers = shape, query.shape[1]
         entries = slice(start, start + rows * heads * tokens)
-        key, value = (
-            payload[name][entries].view(rows, heads, tokens, -1).expand(-1, readers, -1, -1)
-            for name in ("key", "value")
-        )
+        key, value = (payload[name][entries].view(rows, heads, tokens, -1) for name in ("key", "value"))
+        if readers != heads:
+            key, value = key.expand(-1, readers, -1, -1), value.expand(-1, readers, -1, -1)
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
 
     def attend_runs(

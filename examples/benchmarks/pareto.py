@@ -1,0 +1,134 @@
+"""What each byte buys: KL against KV bytes for single methods, compositions and transformers' quantised caches.
+
+SmolLM2-135M, float32, the protocol of `fidelity.py`. KVSharer's maps are searched and healed first (minutes). Writes
+`results/pareto.csv` and `results/pareto.png`; transformers' caches take part where hqq and optimum-quanto are there.
+
+    python examples/benchmarks/pareto.py [--windows 2]
+    python examples/benchmarks/pareto.py --plot        # draws the picture of an existing CSV again
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from common import RESULTS, write_results
+from fidelity import Fidelity
+from peer_backends import missing
+
+from hf_kvcache import KVSharer, Method, find_plans, smollm2
+
+SHARES = (4 / 30, 8 / 30)
+KEPT = (0.5, 0.25, 0.125)
+PEERS = ("fp8", "quanto4", "quanto2", "hqq4", "hqq2")
+TITLE = "SmolLM2-135M: KL to the untouched model after a prompt of 1,024 tokens, five domains"
+
+
+def settings(plans: dict[float, Any]) -> Iterator[tuple[str, str, list[str | Method], dict[str, Any]]]:
+    """Family, setting, methods and options of every point."""
+    bits = (8, 4, 3, 2)
+    for width in bits:
+        yield "turboquant", f"{width} bits", ["turboquant"], {"bits": width}
+    for width in (4, 2):
+        yield "uniform", f"{width} bits", ["uniform"], {"bits": width}
+    for share, plan in plans.items():
+        yield "kvsharer", f"share {share:.2f}", [KVSharer(plan=plan)], {}
+        for width in (8, 4, 3):
+            options = {"bits": width}
+            yield (
+                "kvsharer+turboquant",
+                f"share {share:.2f}, {width} bits",
+                [KVSharer(plan=plan), "turboquant"],
+                options,
+            )
+    for host in ("snapkv", "adakv+criticalkv", "kvzip"):
+        for kept in KEPT:
+            yield host, f"kept {kept:g}", [host], {"budget": kept}
+    for host in ("adakv+criticalkv", "kvzip"):
+        for kept in KEPT:
+            for width in (4, 3):
+                options = {"budget": kept, "bits": width}
+                yield f"{host}+turboquant", f"kept {kept:g}, {width} bits", [host, "turboquant"], options
+    plan = plans[SHARES[0]]
+    for kept in KEPT:
+        methods = [KVSharer(plan=plan), "kvzip", "turboquant"]
+        yield "kvsharer+kvzip+turboquant", f"kept {kept:g}, 4 bits", methods, {"budget": kept, "bits": 4}
+
+
+def measure(windows: int) -> None:
+    """Writes the CSV."""
+    model, tokenizer = smollm2.load()
+    found = find_plans(model, [KVSharer(share=share, order="kl") for share in SHARES], tokenizer=tokenizer)
+    plans = dict(zip(SHARES, found, strict=True))
+    protocol = Fidelity(model, tokenizer, windows)
+    rows = []
+    for family, setting, methods, options in settings(plans):
+        mean = protocol.of_method(f"{family} {setting}", methods, **options)[-1]
+        rows.append(mean | {"method": family, "setting": setting})
+    for peer in PEERS:
+        reason = missing("transformers", peer)
+        if reason:
+            print(f"skipping {peer}: {reason}")
+        else:
+            mean = protocol.of_peer(peer)[-1]
+            rows.append(mean | {"method": "transformers", "setting": peer})
+    for row in rows:
+        del row["domain"]
+    write_results("pareto", rows)
+
+
+def plot() -> None:
+    """Draws the CSV: one line a family, both axes logarithmic."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    with (RESULTS / "pareto.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    for index, family in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        points = [row for row in rows if row["method"] == family]
+        own = sorted((float(row["kv_bytes_of_full"]), float(row["kl"]), row["setting"]) for row in points)
+        peer = family == "transformers"
+        axes.plot(
+            [1 / share for share, _, _ in own],
+            [kl for _, kl, _ in own],
+            "kx" if peer else "o-",
+            color="black" if peer else f"C{index}",
+            label="transformers' quantised caches" if peer else family,
+            linewidth=1.2,
+            markersize=7 if peer else 4,
+        )
+        if peer:
+            for share, kl, setting in own:
+                axes.annotate(setting, (1 / share, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = [1, 2, 4, 8, 16, 32, 64]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{tick}x" for tick in ticks])
+    axes.set_xlabel("KV bytes: how many times less than float32 (half of it against 16 bits)")
+    axes.set_ylabel("KL, nats a token (less is better)")
+    axes.set_title(TITLE, fontsize=10)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS / "pareto.png", dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--windows", type=int, default=2, help="evaluation windows a domain")
+    parser.add_argument("--plot", action="store_true", help="only draw the CSV again")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if not options.plot:
+        measure(options.windows)
+    plot()
+
+
+if __name__ == "__main__":
+    main()
