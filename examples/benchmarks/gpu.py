@@ -143,7 +143,9 @@ def correctness(bench: Bench) -> Iterator[dict[str, Any]]:
         query = torch.randn(1, 2, queries, dim, device=device)
         bias = torch.randn(1, 2, queries, device=device)
         out, _ = code_attention(query, key, value, bias, scale=dim**-0.5)
-        dense = [levels_of(codes, levels.to(device)).double() * scales[:, None] for codes, scales, levels in (key, value)]
+        dense = [
+            levels_of(codes, levels.to(device)).double() * scales[:, None] for codes, scales, levels in (key, value)
+        ]
         scores = torch.einsum("rhmd,htd->rhmt", query.double(), dense[0].view(2, tokens, dim))
         weights = ((scores + bias[..., None]) * dim**-0.5).softmax(-1)
         exact = torch.einsum("rhmt,htd->rhmd", weights, dense[1].view(2, tokens, dim))
@@ -153,9 +155,7 @@ def correctness(bench: Bench) -> Iterator[dict[str, Any]]:
         half = tokens // 3
         ends = torch.tensor([half, 2 * tokens])
         work, parts = work_list(torch.arange(2), torch.tensor([0, half]), ends, 2, programs_of(device))
-        out, _ = ragged_code_attention(
-            query, key, value, work.to(device), parts.to(device), bias, scale=dim**-0.5
-        )
+        out, _ = ragged_code_attention(query, key, value, work.to(device), parts.to(device), bias, scale=dim**-0.5)
         for run, entries in enumerate((slice(0, half), slice(half, 2 * tokens))):
             exact = dense_oracle(query[0, run], dense[0][entries], dense[1][entries], dim**-0.5)
             size = f"head_dim {dim}, {queries} queries, run {run} of 2"
@@ -171,10 +171,14 @@ def correctness(bench: Bench) -> Iterator[dict[str, Any]]:
     torch.use_deterministic_algorithms(False)
 
 
-def judged(bench: Bench, what: str, size: str, actual: Tensor, exact: Tensor, allowed: float = ALLOWED) -> dict[str, Any]:
+def judged(
+    bench: Bench, what: str, size: str, actual: Tensor, exact: Tensor, allowed: float = ALLOWED
+) -> dict[str, Any]:
     error = float((actual.double() - exact).norm() / exact.norm())
     if not error <= allowed:
-        raise SystemExit(f"WRONG: {what}, {size}: relative error {error:.1e}, allowed are {allowed:.0e}; nothing was timed")
+        raise SystemExit(
+            f"WRONG: {what}, {size}: relative error {error:.1e}, allowed are {allowed:.0e}; nothing was timed"
+        )
     return bench.row(f"correct: {what}", size, None, 0, error=error)
 
 

@@ -157,7 +157,15 @@ def test_what_has_no_kernel_is_computed_by_pytorch(monkeypatch, launches, call):
 
 
 @NEEDS_TRITON
-@pytest.mark.parametrize("method", [None, "snapkv", "adakv+turboquant", "turboquant"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param("snapkv", marks=pytest.mark.slow),
+        "adakv+turboquant",
+        pytest.param("turboquant", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_generates_the_same_tokens(monkeypatch, launches, method):
     """Whole models through the kernels: beams share rows, heads are ragged, rows are padded."""
     options = {"budget": 0.5} if method and "kv" in method else {}
