@@ -1,7 +1,7 @@
-"""Ten minutes on a CUDA machine: first whether every kernel is right there, then how fast it is against what a copy takes.
+"""Ten minutes on a CUDA machine: whether every kernel is right there, and how fast it is against what a copy takes.
 
     python examples/benchmarks/gpu.py              the whole run; writes results/gpu.csv
-    python examples/benchmarks/gpu.py --rehearse   on a CPU, through Triton's interpreter, at tiny sizes: only whether it runs
+    python examples/benchmarks/gpu.py --rehearse   on a CPU, by the interpreter, at tiny sizes: does it run?
 
 In order, so that a run that is cut short has answered the first questions first:
 
@@ -12,9 +12,9 @@ In order, so that a run that is cut short has answered the first questions first
 5. scoring, norms, selection
 6. one token of transformers' DynamicCache, attention alone, against ours
 
-Times are medians of CUDA graph replays over copies of the data that together do not fit in the second-level cache.
-`% of copy` is the bytes that the kernel must read, by the rate of the copy of step 1. Where a goal is known for the H200,
-the row has it.
+Times are medians of CUDA graph replays over copies of the data that together do not fit in the second-level cache. The
+share of copy is the bytes that the kernel must read, by the rate of the copy of step 1. Where there is a goal for the
+H200, the row has it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from common import write_results
 from torch import Tensor
 
 from hf_kvcache.codecs.codebooks import cubic
-from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
+from hf_kvcache.kernels.code_attention import code_attention, levels_of
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.ragged_attention import programs_of, ragged_code_attention, work_list
 from hf_kvcache.kernels.select import select
@@ -233,9 +233,10 @@ def ragged(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, An
             tensor.to(bench.device)
             for tensor in work_list(torch.arange(runs), ends - lengths, ends, runs, programs_of(bench.device))
         )
-        number = int(lengths.sum()) * (dim + 4)
+        total = int(lengths.sum())
+        number = total * (dim + 4)
 
-        def coded(entries=int(lengths.sum())):
+        def coded(entries=total):
             pair = [random_codes(entries, dim, 4, bench.device, "equal steps") for _ in range(2)]
             return (torch.randn(batch, heads, group, dim, device=bench.device), *pair)
 
@@ -259,14 +260,17 @@ def eviction(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, 
         score = torch.rand(1, heads, tokens, device=bench.device)
         counts = torch.full((1, heads), tokens // 4, device=bench.device)
         number = key.nbytes
-        calls: list[tuple[str, Callable[[Any], Any], int]] = [
-            ("window scores", lambda _: window_scores(query, key, scale=dim**-0.5), 2 * number),
-            ("value norm, L2", lambda _: value_norm(value, gram, True), number),
-            ("value norm, L1", lambda _: value_norm(value, weight, False), number),
-            ("select", lambda _: select(score, counts), score.nbytes),
-        ]
-        for name, call, moved in calls:
-            yield bench.row(name, f"1 x {tokens}", bench.time(call, [None]), moved)
+        yield bench.row(
+            "window scores",
+            f"1 x {tokens}",
+            bench.time(lambda d: window_scores(*d, scale=dim**-0.5), [(query, key)]),
+            2 * number,
+        )
+        for norm, matrix in (("L2", gram), ("L1", weight)):
+            seconds = bench.time(lambda d: value_norm(*d), [(value, matrix, matrix is gram)])
+            yield bench.row(f"value norm, {norm}", f"1 x {tokens}", seconds, number)
+        seconds = bench.time(lambda d: select(*d), [(score, counts)])
+        yield bench.row("select", f"1 x {tokens}", seconds, score.nbytes)
 
 
 def dynamic_cache(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
