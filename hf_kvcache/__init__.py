@@ -13,6 +13,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
 
 from hf_kvcache.api import (  # noqa: E402
     compress,
+    convert,
     find_plan,
     find_plans,
     is_patched,
@@ -45,11 +46,15 @@ from hf_kvcache.methods import (  # noqa: E402
     PyramidKV,
     Random,
     ScoringMethod,
+    Sequential,
     SnapKV,
     StreamingLLM,
     TurboQuant,
     Uniform,
+    Yoco,
+    YocoPlusPlus,
 )
+from hf_kvcache.plan import CachePlan  # noqa: E402
 from hf_kvcache.report import CacheReport, report  # noqa: E402
 from hf_kvcache.sharing import SharingPlan  # noqa: E402
 from hf_kvcache.spec import CacheSpec  # noqa: E402
@@ -62,6 +67,7 @@ __all__ = [
     "RKV",
     "TOVA",
     "AdaKV",
+    "CachePlan",
     "CacheReport",
     "CacheSpec",
     "CriticalKV",
@@ -80,10 +86,14 @@ __all__ = [
     "PyramidKV",
     "Random",
     "ScoringMethod",
+    "Sequential",
     "SharingPlan",
     "SnapKV",
     "StreamingLLM",
+    "Yoco",
+    "YocoPlusPlus",
     "compress",
+    "convert",
     "find_plan",
     "find_plans",
     "is_patched",

@@ -14,10 +14,11 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.eviction import HeadImportance
 from hf_kvcache.fingerprint import fingerprint, matches
-from hf_kvcache.methods import KVSharer, Method, headkv
+from hf_kvcache.methods import KVSharer, Method, Yoco, headkv
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.patches.early_exit import POSITIONS
 from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
 from hf_kvcache.sharing import SharingPlan
@@ -34,7 +35,7 @@ def patch_model(
     Args:
         model: a decoder-only model of a supported family, or a PEFT model around one. Only this instance changes.
         method: names joined by `+`, a `Method`, a list of either, or None for our cache with nothing lost. A patched
-            model is unpatched first.
+            model is unpatched first, but a plan that is part of the model (yoco, yoco++) stays until `unpatch_model`.
         tokenizer: for methods that calibrate on text; None to look for one at the place the model was loaded from.
         options: flat options of the named methods, e.g. `share=0.25`.
 
@@ -50,19 +51,21 @@ def patch_model(
         >>> patch_model(model, method="kvsharer", share=0.25)
         >>> model.generate(**inputs)
     """
-    target = _base_model(model)
+    target = base_model(model)
     methods = resolve(method, options)
     old = detach(target)
     try:
         # fits need gradients, which tensors made in inference mode cannot have
         with torch.inference_mode(False):
-            probe = _probe(target, tokenizer)
+            probe = make_probe(target, tokenizer)
             spec = reduce(lambda spec, method: method.apply(spec, probe), methods, probe.full)
+            if old is not None and old.spec.sharing.part_of_model and "sharing" not in spec.filled_by:
+                spec = spec.fill("sharing", old.spec.sharing, old.spec.filled_by["sharing"])
         check_fit(spec)
-        attach(target, probe.adapter, spec)
+        attach(target, probe.adapter, spec, old)
     except BaseException:
         if old is not None:
-            attach(target, old.adapter, old.spec)
+            attach(target, old.adapter, old.spec, old)
         raise
     return model
 
@@ -80,11 +83,10 @@ def find_plan(model: nn.Module, method: KVSharer, *, tokenizer: Any = None) -> S
 
 def find_plans(model: nn.Module, methods: Sequence[KVSharer], *, tokenizer: Any = None) -> list[SharingPlan]:
     """`find_plan` for several settings at once; what their searches have in common is measured once."""
-    target = _base_model(model)
-    if attached(target) is not None:
-        raise ValueError("a plan is searched on the untouched model, and this one is patched; call unpatch_model first")
+    target = base_model(model)
+    require_unpatched(target, "a plan is searched on the untouched model")
     with torch.inference_mode(False):
-        probe = _probe(target, tokenizer)
+        probe = make_probe(target, tokenizer)
         return [method.find_plan(probe) for method in methods]
 
 
@@ -103,25 +105,34 @@ def measure_heads(
         >>> measure_heads(model, tokenizer=tokenizer).save("heads.safetensors")
         >>> patch_model(model, "headkv", importance="heads.safetensors")
     """
-    target = _base_model(model)
-    if attached(target) is not None:
-        raise ValueError("heads are measured on the untouched model, and this one is patched; call unpatch_model first")
+    target = base_model(model)
+    require_unpatched(target, "heads are measured on the untouched model")
     for name, count in (("samples", samples), ("length", length)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a positive int, got {count!r}")
     with torch.inference_mode(False):
-        return _probe(target, tokenizer).head_importance(samples, length)
+        return make_probe(target, tokenizer).head_importance(samples, length)
+
+
+def unpatched_fingerprint(model: nn.Module) -> str:
+    """The fingerprint of a supported model that is not patched; raises for any other."""
+    target = base_model(model)
+    find_adapter(target)
+    require_weights(target)
+    if attached(target) is not None:
+        raise ValueError("a plan is measured on the untouched model, and this one is patched; call unpatch_model first")
+    return fingerprint(target)
 
 
 def unpatch_model(model: ModelT) -> ModelT:
     """Makes a patched model what it was before; does nothing to any other. Returns the same model."""
-    detach(_base_model(model))
+    detach(base_model(model))
     return model
 
 
 def new_cache(model: nn.Module) -> KVCache:
     """An empty cache for a patched model, to pass as `past_key_values`."""
-    return KVCache(require_attached(_base_model(model)).spec)
+    return KVCache(require_attached(base_model(model)).spec)
 
 
 @torch.no_grad()
@@ -148,11 +159,13 @@ def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None 
         raise ValueError(f"input_ids must be [B, T] with T >= 1, got shape {tuple(input_ids.shape)}")
     if chunk < 0:
         raise ValueError(f"chunk is a number of tokens, or 0 for all at once, got {chunk}")
-    target = _base_model(model)
+    target = base_model(model)
     cache, decoder = new_cache(target), require_attached(target).adapter.find_decoder(target)
     length = input_ids.shape[1]
     cache.expect(length)
     positions = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+    # nobody asks for hidden states here, so that layers without KV of their own have next to nothing to do
+    few = {POSITIONS: 1} if cache.spec.sharing.early_exit else {}
     for start in range(0, length, chunk or length):
         end = min(start + (chunk or length), length)
         decoder(
@@ -161,6 +174,7 @@ def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None 
             position_ids=None if positions is None else positions[:, start:end],
             past_key_values=cache,
             use_cache=True,
+            **few,
         )
     return cache
 
@@ -171,7 +185,7 @@ def load_cache(model: nn.Module, path: str | Path) -> KVCache:
     Raises:
         ValueError: for a file that is truncated, foreign, of another model or of another sharing plan.
     """
-    target = _base_model(model)
+    target = base_model(model)
     cache, adapter = new_cache(target), require_attached(target).adapter
     devices = [_device(adapter.find_attention(target, layer)) for layer in range(cache.spec.num_layers)]
     return restore_cache(cache, path, devices, target.dtype)
@@ -179,7 +193,28 @@ def load_cache(model: nn.Module, path: str | Path) -> KVCache:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch_model` is in force on this model."""
-    return attached(_base_model(model)) is not None
+    return attached(base_model(model)) is not None
+
+
+def require_unpatched(model: nn.Module, why: str) -> None:
+    """Raises for a patched model, and says why."""
+    if attached(model) is not None:
+        raise ValueError(f"{why}, and this one is patched; call unpatch_model first")
+
+
+def attach_plan(model: nn.Module, plan: SharingPlan) -> None:
+    """Attaches a plan that is part of the model to an unpatched one, as the method that made it does."""
+    probe = make_probe(model, None)
+    spec = probe.full.fill("sharing", plan, by=plan.settings.get("method", "yoco"))
+    check_fit(spec)
+    attach(model, probe.adapter, spec)
+
+
+def convert(model: ModelT, method: str | Yoco = "yoco++", **options: Any) -> ModelT:
+    """Converts a pretrained model to YOCO or YOCO++; `hf_kvcache.models.convert` has the arguments."""
+    from hf_kvcache.models.convert import convert
+
+    return convert(model, method, **options)
 
 
 def require_weights(model: nn.Module) -> None:
@@ -201,11 +236,11 @@ def check_fit(spec: CacheSpec) -> None:
         )
 
 
-def _probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
+def make_probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
     """What methods may ask of a supported, loaded model."""
     adapter = find_adapter(model)
     require_weights(model)
-    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output)
+    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output, adapter.own_sharing(model))
     return ModelProbe(model, adapter, full, tokenizer)
 
 
@@ -215,7 +250,7 @@ def _device(module: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model

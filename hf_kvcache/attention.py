@@ -9,7 +9,7 @@ attention runs on them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -21,7 +21,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_kvcache.eviction import Rotation
-from hf_kvcache.sharing import SharingPlan
+from hf_kvcache.sharing import ResidualPlan, SharingPlan
+
+KV = tuple[Tensor, Tensor]
 
 # name of our function by the attention that the model had; no name holds "flash", which transformers looks for
 NAMES = {
@@ -51,21 +53,45 @@ class AttendingLayer(Protocol):
     def attend(self, call: AttentionCall) -> Tensor: ...
 
 
+class ResidualContext:
+    """Carries the KV of bottom layers through one forward to the layers that add it to their own (YOCO++).
+
+    Args:
+        plan: which layers do.
+        mixers: for each of them what makes its KV of both, from pairs of key, after RoPE, and value.
+    """
+
+    def __init__(self, plan: ResidualPlan, mixers: Mapping[int, Callable[[KV, KV], KV]]) -> None:
+        self.plan, self.mixers = plan, mixers
+        self.bottom: dict[int, KV] = {}
+
+    def mix(self, layer: int, key: Tensor, value: Tensor) -> KV:
+        """The KV that `layer`, whose own is given, stores and reads."""
+        source = self.plan.sources[layer]
+        if source != layer:
+            return self.mixers[layer](self.bottom[source], (key, value))
+        if source in self.plan.sources[layer + 1 :]:
+            self.bottom[layer] = key, value
+        return key, value
+
+
 class SharingContext:
     """Carries producers' KV to their consumers through one forward without a cache.
 
     A plain object, since wrappers that rebuild dictionaries and lists would lose what is written into it.
     """
 
-    def __init__(self, plan: SharingPlan) -> None:
-        self.plan = plan
-        self.kv: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, plan: SharingPlan, residual: ResidualContext | None = None) -> None:
+        self.plan, self.residual = plan, residual
+        self.kv: dict[int, KV] = {}
 
     def resolve(self, call: AttentionCall, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that the calling layer is to read."""
         source = self.plan.source_layers[call.layer]
         if source != call.layer:
             return self.kv[source]
+        if self.residual is not None:
+            key, value = self.residual.mix(call.layer, key, value)
         self.kv[call.layer] = key, value
         return key, value
 
@@ -158,9 +184,13 @@ def attention(
     dropout: float = 0.0,
     kv_sharing: SharingContext | None = None,
     kv_rotation: Callable[[torch.nn.Module], Rotation] | None = None,
+    positions_to_keep: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The registered attention function; `key` is a cache layer, or a tensor in a forward without a cache."""
+    """The registered attention function; `key` is a cache layer, or a tensor in a forward without a cache.
+
+    `positions_to_keep` is for the layers above (early exit) and is not handed on.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = AttentionCall(module, query, attention_mask, scale, base, dropout, kv_rotation, kwargs)
     if not isinstance(key, Tensor):
@@ -176,9 +206,34 @@ def causal_mask(length: int, tokens: int, device: torch.device) -> Tensor:
     return ones.tril(tokens - length)[None, None]
 
 
+def attend_windows(
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor, window: int
+) -> Tensor:
+    """Sliding-window attention in time and memory linear in the length: block by block of queries, each over its keys.
+
+    Args:
+        attend: attention of a block of queries over some keys and values, with a boolean mask; returns `[B, L, H, D]`.
+        query: `[B, H_q, L, D]`, the last L of the tokens of key and value `[B, H_kv, T, D]`. No padding.
+        window: tokens that a query sees, itself included.
+    """
+    length, tokens = query.shape[2], key.shape[2]
+    parts = []
+    for start in range(0, length, window):
+        end = min(start + window, length)
+        first, last = max(tokens - length + start - window + 1, 0), tokens - length + end
+        ones = torch.ones(end - start, last - first, dtype=torch.bool, device=query.device)
+        distance = last - first - (end - start)
+        mask = ones.tril(distance).triu(distance - window + 1)[None, None]
+        parts.append(attend(query[:, :, start:end], key[:, :, first:last], value[:, :, first:last], mask))
+    return torch.cat(parts, dim=1)
+
+
 def _base_function(base: str, module, mask: Tensor | None, query: Tensor, key: Tensor, softcap: float):
     """The attention to run for `base`, and the mask in the form that it takes."""
     length, tokens = query.shape[2], key.shape[2]
+    if mask is None and 1 < length < tokens:
+        # the last positions only, after an early exit: sdpa would take them for the first ones
+        mask = causal_mask(length, tokens, query.device)
     if base == "eager" or softcap:
         if mask is None and length > 1:
             mask = causal_mask(length, tokens, query.device)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer
+from hf_kvcache.attention import ResidualContext
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer, StateLayer
 from hf_kvcache.persistence import save_cache
-from hf_kvcache.spec import CacheSpec
+from hf_kvcache.spec import STATE, CacheSpec
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.session import PromptSession
 
 
 class KVCache(Cache):
@@ -33,10 +39,12 @@ class KVCache(Cache):
     def __init__(self, spec: CacheSpec) -> None:
         self.spec = spec
         last_reader, policy, evicting, readers = spec.sharing.last_reader, spec.eviction, spec.evicting, spec.readers
-        layers: list[KVCacheLayer | SlidingLayer | ConsumerLayer] = []
+        layers: list[KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer] = []
         for layer, (source, window) in enumerate(zip(spec.sharing.source_layers, spec.sliding_windows, strict=True)):
             if source != layer:
                 layers.append(ConsumerLayer(layers[source]))
+            elif window == STATE:
+                layers.append(StateLayer())
             elif window is not None:
                 layers.append(SlidingLayer(window, last_reader[layer]))
             else:
@@ -54,6 +62,10 @@ class KVCache(Cache):
         # of a prompt that all layers will evict from together, which may need to be read again
         self.prompt_ids: Tensor | None = None
         self.replaying = False
+        # of the present forward only, where layers add the KV of lower ones
+        self.residual: ResidualContext | None = None
+        # takes a prompt from a store, and gives it to one
+        self.prompts: PromptSession | None = None
 
     def expect(self, prompt_length: int, copies: int = 1) -> None:
         """Announces the prompt before it comes; `generate` of a patched model does it.
@@ -65,6 +77,26 @@ class KVCache(Cache):
         """
         for layer in self.layers:
             layer.expect(prompt_length, copies)
+        if self.spec.prefix is not None:
+            self.prompts = self.spec.prefix.session(self.spec, prompt_length)
+            for index, layer in self.producers.items():
+                layer.witness = partial(self.prompts.take, index)
+
+    @property
+    def producers(self) -> dict[int, KVCacheLayer | SlidingLayer]:
+        """The layers that store, by their index."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, ConsumerLayer)}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Gives key and value `[B, H_kv, L, D]` of the new tokens to a layer, and returns that layer, twice."""
+        residual = self.residual
+        if residual is not None:
+            key_states, value_states = residual.mix(layer_idx, key_states, value_states)
+            if layer_idx >= residual.plan.mixing[-1]:
+                self.residual = None
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def pending(self) -> bool:
@@ -81,7 +113,7 @@ class KVCache(Cache):
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.prompt_ids = None
+        self.prompt_ids = self.prompts = None
 
     @property
     def _sealed(self) -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `hf-kvcache methods | demo | calibrate | report`."""
+"""The command line: `hf-kvcache methods | demo | bench | calibrate | tune | lm-eval | report | store`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_kvcache.cli_store import store_app
+
 app = typer.Typer(
     help="A compressed KV cache for Hugging Face models.",
     no_args_is_help=True,
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 calibrate_app = typer.Typer(help="Fit a method to a model and save the result.", no_args_is_help=True)
 app.add_typer(calibrate_app, name="calibrate")
+app.add_typer(store_app, name="store")
 console = Console()
 
 
@@ -27,7 +30,7 @@ def methods() -> None:
     from hf_kvcache.resolve import option_names
 
     table = Table("method", "slot", "options", "paper", "what it does")
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
     for name, method in sorted(METHODS.items()):
         summary = (method.__doc__ or "").splitlines()[0]
         table.add_row(name, method.slot, ", ".join(option_names(method)) or "-", method.paper, summary)
@@ -89,16 +92,107 @@ def calibrate_headkv(
     console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
 
 
+@calibrate_app.command("sequential")
+def calibrate_sequential(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the basis to.")],
+    samples: Annotated[int, typer.Option(help="Number of texts.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
+    text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
+) -> None:
+    """Fit the basis that the codec 'residual' of sequential turns keys and values with, and save it."""
+    from hf_kvcache.calibration.sequential_basis import calibrate_basis
+
+    loaded, tokenizer = load_model(model)
+    basis = calibrate_basis(loaded, texts=text, samples=samples, length=length, tokenizer=tokenizer)
+    basis.save(output)
+    console.print(f"{len(basis.parts)} transforms of up to {max(len(part.mean) for part in basis.parts)} channels")
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, table and page.")],
+    methods: Annotated[list[str], typer.Option(help='NAME or NAME{"option": value}; may be given again.')],
+    budgets: Annotated[list[float] | None, typer.Option(help="Shares to keep, for methods that evict.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Retrieval tasks, such as niah-4 and kv-20.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text file for the fidelity; default: the shipped prose.")] = None,
+    contexts: Annotated[int, typer.Option(help="Texts, and contexts of every task.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
+) -> None:
+    """Measure methods on a model: a CSV table and one HTML page. A run that was stopped goes on where it was."""
+    from hf_kvcache.bench import parse_setting, run_bench, write_csv, write_page
+
+    settings = [setting for text in methods for setting in parse_setting(text, budgets or [])]
+    loaded, tokenizer = load_model(model)
+    options = {
+        "tasks": tasks or ["niah-4"],
+        "contexts": contexts,
+        "length": length,
+        "texts": data,
+        "say": console.print,
+    }
+    records = run_bench(loaded.float(), tokenizer, settings, output, **options)  # type: ignore[arg-type]
+    write_csv(records, output / "bench.csv")
+    write_page(records, output / "bench.html", f"KV cache methods on {model}")
+    console.print(f"wrote {output / 'bench.csv'} and {output / 'bench.html'}")
+
+
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
+    target_ratio: Annotated[float, typer.Option(help="How many times smaller than in 16 bits.")] = 8.0,
+    data: Annotated[Path | None, typer.Option(help="Text file to measure on; default: the shipped sample.")] = None,
+    scorer: Annotated[str, typer.Option(help="Method that says which tokens a head keeps.")] = "kvzip",
+    samples: Annotated[int, typer.Option(help="Windows to measure on; half as many again are held back.")] = 6,
+    length: Annotated[int, typer.Option(help="Tokens of each context.")] = 1024,
+    draws: Annotated[int, typer.Option(help="Samples of the gradient for each question.")] = 12,
+) -> None:
+    """Measure on a text what every choice costs a model, and save the plan of least loss for the bytes asked."""
+    from hf_kvcache.planning import tune as make_plan
+
+    loaded, tokenizer = load_model(model)
+    options = {"scorer": scorer, "samples": samples, "length": length, "draws": draws, "say": console.print}
+    tuned = make_plan(loaded.float(), tokenizer, target_ratio=target_ratio, texts=data, **options)  # type: ignore[arg-type]
+    table = Table("on held-back text", "times smaller", "KL of the continuation", "KL of a quotation")
+    for name, found in (("this plan", tuned.verified), ("target_ratio alone", tuned.uniform)):
+        table.add_row(name, f"{found.ratio:.2f}", f"{found.continuation:.4f}", f"{found.quotation:.4f}")
+    console.print(table)
+    tuned.plan.save(output)
+    console.print(f"saved {output} ({output.stat().st_size:,} bytes): {tuned.plan.summary()}")
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-eval's own command line; it then knows the model 'hf-kvcache' and the tasks 'hfkv_...'."""
+    from hf_kvcache.integrations.lm_eval import main as run
+
+    run(context.args)
+
+
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="A saved plan, head importance or cache.")],
+    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance or cache.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Instead of a file: what a model keeps a token, by folder, name or model type.")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Of a cache: picture of what every head holds and which tokens.")
     ] = None,
     row: Annotated[int, typer.Option(help="Row of the batch that the picture is of.")] = 0,
 ) -> None:
-    """Say what is in a file that this library wrote."""
-    from hf_kvcache import persistence, safefile, sharing
+    """Say what is in a file that this library wrote, or what the cache of a model takes."""
+    if (path is None) == (config is None):
+        raise ValueError("expected a file, or --config and a model, but not both")
+    if config is not None:
+        console.print(arithmetic(config))
+        return
+    assert path is not None
+    from hf_kvcache import persistence, plan, safefile, sharing
     from hf_kvcache.eviction import importance
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
@@ -112,6 +206,11 @@ def report(
         for head in values.flatten().argsort(descending=True)[:8].tolist():
             layer, place = divmod(head, values.shape[1])
             console.print(f"layer {layer} head {place}: {values[layer, place] / values.sum():.3f} of all importance")
+        return
+    if found == plan.FORMAT:
+        console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(tensors['kept'])} layers")
+        console.print(plan.CachePlan.load(path).summary())
+        console.print(f"settings: {description['settings']}")
         return
     sources = description["source_layers"]
     console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")
@@ -129,6 +228,34 @@ def report(
 
             save_plot(cache_of_file(path), plot, row=row)
             console.print(f"wrote {plot}")
+
+
+def arithmetic(name: str) -> str:
+    """The bytes that a model's cache takes in 16 bit, from its configuration: of a folder, a name or a model type."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    import hf_kvcache.models  # noqa: F401 - registers our own configurations
+
+    config = AutoConfig.for_model(name) if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+    layers, dim = config.num_hidden_layers, getattr(config, "head_dim", None)
+    dim = dim or config.hidden_size // config.num_attention_heads
+    full = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * dim * 2 * layers
+    if not hasattr(config, "kv_bytes_per_token") and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
+        raise NotImplementedError(
+            f"{config.model_type} has layers with windows; load it and measure with report(cache)"
+        )
+    own, state = getattr(config, "kv_bytes_per_token", full), getattr(config, "state_bytes", 0)
+    lines = [
+        f"{config.model_type}: {layers} layers, 16 bit",
+        f"keys and values of a token: {own:,d} B; {full:,d} B where every layer keeps its own",
+        f"constant part of a sequence: {state:,d} B",
+    ]
+    for tokens in (2**15, 2**20):
+        sizes = [(tokens * a_token + part) / 1e9 for a_token, part in ((own, state), (full, 0))]
+        lines.append(f"{tokens:,d} tokens: {sizes[0]:.2f} GB; {sizes[1]:.2f} GB where every layer keeps its own")
+    return "\n".join(lines)
 
 
 def plan_text(plan: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.cache import KVCache
-from hf_kvcache.layers import KVCacheLayer, SlidingLayer
+from hf_kvcache.layers import KVCacheLayer, SlidingLayer, StateLayer
 
 # token ids [B, L], mask [B, seen + L] or None, positions [B, L] -> runs the decoder on the cache
 RunDecoder = Callable[[Tensor, "Tensor | None", Tensor], None]
@@ -83,9 +83,9 @@ def _decide(
 @contextmanager
 def _replaying(cache: KVCache, layers: list[KVCacheLayer], rows: list[int], start: int, end: int) -> Iterator[None]:
     """The cache while a part of the prompt is read again: everything is as before when it ends."""
-    sliding = [layer for layer in cache.layers if isinstance(layer, SlidingLayer)]
-    states = [dict(layer.__dict__) for layer in sliding]
-    for layer in sliding:
+    others = [layer for layer in cache.layers if isinstance(layer, (SlidingLayer, StateLayer))]
+    before = [_contents(layer) for layer in others]
+    for layer in others:
         layer.select_rows(rows)
     for full in layers:
         full.begin_replay(start, end)
@@ -94,8 +94,13 @@ def _replaying(cache: KVCache, layers: list[KVCacheLayer], rows: list[int], star
         yield
     finally:
         cache.replaying = False
-        for layer, state in zip(sliding, states, strict=True):
+        for layer, contents in zip(others, before, strict=True):
             layer.__dict__.clear()
-            layer.__dict__.update(state)
+            layer.__dict__.update(contents)
         for full in layers:
             full.end_replay()
+
+
+def _contents(layer: SlidingLayer | StateLayer) -> dict[str, object]:
+    """The attributes of a layer, and copies of its dictionaries."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in layer.__dict__.items()}

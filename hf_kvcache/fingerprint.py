@@ -40,6 +40,36 @@ def fingerprint(model: torch.nn.Module) -> str:
     return f"{_digest(text.encode())}-{_digest(sample.view(torch.int16).numpy().tobytes())}"
 
 
+def weights_digest(module: torch.nn.Module) -> str:
+    """Hashes a sample of every parameter and buffer, and which adapters are in force: 64 hexadecimal digits.
+
+    Unlike the fingerprint it differs between a model and its fine-tuned or adapted version, in other dtypes, and after
+    every training step. It is a sample: a change of single numbers by hand can escape it.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            flat = tensor.detach().reshape(-1)
+            places = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED_ROWS)).long()
+            digest.update(flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
+    digest.update(_adapters(module).encode())
+    return digest.hexdigest()
+
+
+def weights_state(module: torch.nn.Module) -> tuple:
+    """What changes whenever `weights_digest` may: cheap to ask before every prompt."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors), _adapters(module)
+
+
+def _adapters(module: torch.nn.Module) -> str:
+    """Which adapters of PEFT are in force, everywhere in a model."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    layers = (part for part in module.modules() if hasattr(part, "disable_adapters"))
+    return repr([[getattr(layer, name, None) for name in names] for layer in layers])
+
+
 def matches(one: str, other: str) -> bool:
     """Whether two fingerprints can be of one model; an empty one matches any."""
     if not one or not other:

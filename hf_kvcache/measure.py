@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer, StateLayer
 from hf_kvcache.report import storage_bytes
 
 
@@ -105,6 +105,6 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _layer_tensors(layer: Any) -> Iterable[Tensor]:
-    if isinstance(layer, (KVCacheLayer, SlidingLayer, ConsumerLayer)):
+    if isinstance(layer, (KVCacheLayer, SlidingLayer, StateLayer, ConsumerLayer)):
         return layer.tensors()
     return [tensor for tensor in (layer.keys, layer.values) if tensor is not None]

@@ -61,7 +61,10 @@ class RealModel:
             self._convert()
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
         # not AutoTokenizer: it takes the saved tokenizer for another model's and returns other ids
-        return model.eval(), PreTrainedTokenizerFast(tokenizer_file=str(self.folder / "tokenizer.json"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(self.folder / "tokenizer.json"))
+        end = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        tokenizer.eos_token, tokenizer.pad_token = end, end
+        return model.eval(), tokenizer
 
     def _convert(self) -> None:
         """Fills the folder, or leaves nothing behind."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_kvcache import persistence, safefile
 from hf_kvcache.cache import KVCache
-from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer
+from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer, StateLayer
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
 
@@ -159,8 +159,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def _stored(layer: KVCacheLayer | SlidingLayer | ConsumerLayer) -> tuple[float, ...]:
-    if isinstance(layer, ConsumerLayer) or layer.entry is None:
+def _stored(layer: KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer) -> tuple[float, ...]:
+    if isinstance(layer, (ConsumerLayer, StateLayer)) or layer.entry is None:
         return ()
     heads = layer.entry[0]
     if isinstance(layer, SlidingLayer):
@@ -172,8 +172,8 @@ def _stored(layer: KVCacheLayer | SlidingLayer | ConsumerLayer) -> tuple[float, 
     return tuple(kept)
 
 
-def _positions(layer: KVCacheLayer | SlidingLayer | ConsumerLayer, row: int) -> tuple[Tensor, ...]:
-    if isinstance(layer, ConsumerLayer) or layer.entry is None:
+def _positions(layer: KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer, row: int) -> tuple[Tensor, ...]:
+    if isinstance(layer, (ConsumerLayer, StateLayer)) or layer.entry is None:
         return ()
     heads = layer.entry[0]
     if isinstance(layer, SlidingLayer):
@@ -189,7 +189,9 @@ def _positions(layer: KVCacheLayer | SlidingLayer | ConsumerLayer, row: int) -> 
     return tuple(torch.cat([*parts, dense]) for parts in found)
 
 
-def _full_bytes(layer: KVCacheLayer | SlidingLayer | ConsumerLayer, batch: int) -> int:
+def _full_bytes(layer: KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer, batch: int) -> int:
+    if isinstance(layer, StateLayer):
+        return storage_bytes(layer.tensors())
     owner = layer.source if isinstance(layer, ConsumerLayer) else layer
     if owner.entry is None:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Any
@@ -21,7 +22,7 @@ def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]
     Raises:
         ValueError: for an unknown method or option, or an option of a method that is not named.
     """
-    parts = with_host(_parts(method))
+    parts = with_host(_implied(_parts(method), options))
     classes = {METHODS[part] for part in parts if isinstance(part, str)}
     valid = {name: [cls for cls in classes if name in option_names(cls)] for name in options}
     for name, owners in valid.items():
@@ -35,15 +36,29 @@ def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]
     ]
 
 
+def _implied(parts: list[str | Method], options: dict[str, Any]) -> list[str | Method]:
+    """Adds the methods that an option alone asks for, where it belongs to none of the methods named."""
+    owned = {name for part in parts if isinstance(part, str) for name in option_names(METHODS[part])}
+    return parts + [cls.name for cls in METHODS.values() if cls.implied_by in options and cls.implied_by not in owned]
+
+
 def with_host(parts: list[str | Method]) -> list[str | Method]:
     """Adds SnapKV, with which AdaKV, HeadKV and CriticalKV were published, to them when no scorer is named."""
     slots = {METHODS[part].slot if isinstance(part, str) else part.slot for part in parts}
-    return [*parts, SnapKV.name] if {"allocator", "selector"} & slots and "scorer" not in slots else parts
+    scored = any("scorer" in slot for slot in slots)
+    return [*parts, SnapKV.name] if {"allocator", "selector"} & slots and not scored else parts
 
 
 def option_names(method: type[Method]) -> list[str]:
     """The options of a method: its dataclass fields."""
     return [field.name for field in fields(method)]
+
+
+def split_names(text: str) -> list[str]:
+    """The names that are joined by `+`; a name may itself end in two of them (`yoco+++turboquant`)."""
+    # the two are hidden where a name ends: at the end of the text or before the `+` that joins
+    hidden = re.sub(r"\+\+(?=\s*(\+|$))", "\N{DAGGER}", text)
+    return [name.replace("\N{DAGGER}", "++") for name in hidden.split("+")]
 
 
 def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
@@ -53,7 +68,7 @@ def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
     parts: list[str | Method] = []
     for item in given:
         if isinstance(item, str):
-            parts += [name.strip() for name in item.split("+")]
+            parts += [name.strip() for name in split_names(item)]
         elif isinstance(item, Method):
             parts.append(item)
         else:

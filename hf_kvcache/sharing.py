@@ -18,6 +18,24 @@ from hf_kvcache import safefile
 FORMAT = "hf_kvcache.sharing_plan/1"
 
 
+@dataclass(frozen=True)
+class ResidualPlan:
+    """Which layers add the KV of a lower layer to their own before it is stored and read (YOCO++).
+
+    Args:
+        sources: for every layer the layer whose KV it adds, itself where it adds none.
+        scale: lambda, the fixed factor of the trainable weights.
+    """
+
+    sources: tuple[int, ...]
+    scale: float
+
+    @property
+    def mixing(self) -> tuple[int, ...]:
+        """The layers that add another one's KV, in order."""
+        return tuple(layer for layer, source in enumerate(self.sources) if layer != source)
+
+
 @dataclass(frozen=True, eq=False)
 class SharingPlan:
     """A map from layers to the layers whose KV they read, with the weights healed for it.
@@ -29,6 +47,9 @@ class SharingPlan:
         fingerprint: of the model the plan was made for (see `hf_kvcache.fingerprint`); empty when it fits any model
             of this depth.
         settings: how the plan was found, as text, for the reader of a saved file.
+        residual: which producers add the KV of a lower layer; None for none.
+        early_exit: whether layers above the last producer run only for the positions whose logits are asked for.
+        part_of_model: whether the plan is trained and saved with the model, and stays when other methods are named.
 
     Example:
         >>> plan = SharingPlan.from_pairs(4, [(3, 1), (1, 0)])
@@ -42,6 +63,9 @@ class SharingPlan:
     healed: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fingerprint: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
+    residual: ResidualPlan | None = None
+    early_exit: bool = False
+    part_of_model: bool = False
 
     def __post_init__(self):
         for layer, source in enumerate(self.source_layers):
@@ -95,12 +119,21 @@ class SharingPlan:
         return not self.consumers
 
     @property
+    def upper(self) -> tuple[int, ...]:
+        """The layers above the last producer: all of them consumers."""
+        return tuple(range(max(self.source_layers) + 1, self.num_layers))
+
+    @property
     def last_reader(self) -> dict[int, int]:
         """For every producer the last layer that reads its KV."""
         return {source: layer for layer, source in enumerate(self.source_layers)}
 
     def save(self, path: str | Path) -> None:
         """Writes the plan, its healed weights and its fingerprint as one safetensors file."""
+        if self.part_of_model:
+            raise ValueError(
+                "this plan is part of a model and may have trained weights there; save the model with save_pretrained"
+            )
         description = {
             "source_layers": self.source_layers,
             "fingerprint": self.fingerprint,

@@ -2,8 +2,8 @@
 
 A cache is a stack of layers, and each layer is independent choices: which layers store KV (`sharing`), which tokens are
 kept (`scorer`, `allocator`, `selector`, under one `budget`), how an entry is stored (`codec`) and where it is stored
-(`store`). A method fills one of these slots; two methods that fill the same slot contradict each other, and the error
-names both.
+(`store`). Beside them a `prefix` store may keep prompts from one run to the next. A method fills one of these slots;
+two methods that fill the same slot contradict each other, and the error names both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from hf_kvcache.codecs import Codec, DenseCodec
 from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK
 from hf_kvcache.eviction.policy import DEFAULT_BUDGET
 from hf_kvcache.sharing import SharingPlan
-from hf_kvcache.stores import DeviceStore, Store
+from hf_kvcache.stores import DeviceStore, PrefixSource, Store
+
+# the window of a layer that keeps a state of constant size in place of keys and values
+STATE = 0
 
 # slot -> the field that holds it
 SLOTS = {
@@ -26,6 +29,7 @@ SLOTS = {
     "selector": "selector",
     "codec": "codecs",
     "store": "store",
+    "prefix": "prefix",
 }
 
 
@@ -34,7 +38,8 @@ class CacheSpec:
     """What a cache is made of.
 
     Args:
-        sliding_windows: for every layer of the model the size of its attention window, None for full attention.
+        sliding_windows: for every layer of the model the size of its attention window, None for full attention, `STATE`
+            for a layer without keys and values.
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
         output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.
@@ -44,6 +49,7 @@ class CacheSpec:
         every: after how many generated tokens to evict again; None for never.
         codecs: for every layer how a sealed entry is stored.
         store: where it is stored.
+        prefix: where prompts are looked up and kept between runs; None for nowhere.
         filled_by: for every slot that a method filled, the name of that method.
     """
 
@@ -58,13 +64,25 @@ class CacheSpec:
     budget: int | float | None = None
     every: int | None = None
     store: Store = DeviceStore()  # noqa: RUF009 - a frozen value
+    prefix: PrefixSource | None = None
     filled_by: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def full(cls, sliding_windows: tuple[int | None, ...], fingerprint: str = "", output: str = "o_proj") -> CacheSpec:
-        """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`."""
+    def full(
+        cls,
+        sliding_windows: tuple[int | None, ...],
+        fingerprint: str = "",
+        output: str = "o_proj",
+        sharing: SharingPlan | None = None,
+    ) -> CacheSpec:
+        """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`.
+
+        `sharing` is what the architecture itself shares; then no method can share anything else.
+        """
         layers = len(sliding_windows)
-        return cls(sliding_windows, fingerprint, SharingPlan.identity(layers), (DenseCodec(),) * layers, output)
+        filled_by = {} if sharing is None else {"sharing": "the model's own architecture"}
+        plan = sharing or SharingPlan.identity(layers)
+        return cls(sliding_windows, fingerprint, plan, (DenseCodec(),) * layers, output, filled_by=filled_by)
 
     @property
     def num_layers(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_kvcache.patches.rotary import Rotary
+from hf_kvcache.sharing import SharingPlan
 
 
 class KVProjections(Protocol):
@@ -33,6 +34,8 @@ class Adapter:
         output: the attribute of the attention module that projects its heads to the residual stream (W_O).
         norm: the attribute of the decoder that holds the final norm.
         rotary: where its rotary embedding is.
+        sources: the attribute of the configuration that says for every layer whose KV it reads, where the architecture
+            itself shares; None where every layer has its own.
     """
 
     kv: KVProjections
@@ -43,6 +46,7 @@ class Adapter:
     output: str = "o_proj"
     norm: str = "norm"
     rotary: Rotary = Rotary()  # noqa: RUF009 - a frozen value
+    sources: str | None = None
 
     def find_decoder(self, model: nn.Module) -> nn.Module:
         """The decoder of `model`, which may be the decoder itself."""
@@ -53,6 +57,10 @@ class Adapter:
 
     def find_attention(self, model: nn.Module, layer: int) -> nn.Module:
         return getattr(self.find_layers(model)[layer], self.attention)
+
+    def own_sharing(self, model: nn.Module) -> SharingPlan | None:
+        """What the architecture itself shares, None for nothing."""
+        return None if self.sources is None else SharingPlan(tuple(getattr(model.config, self.sources)))
 
     def check(self, model: nn.Module) -> None:
         """Raises when the model lacks a part that this adapter promises, naming it."""
@@ -119,6 +127,14 @@ def out_features(module: nn.Module) -> int:
     if width is None:
         raise AttributeError(f"{type(module).__name__} has no out_features, so its output width is unknown")
     return width
+
+
+@dataclass(frozen=True)
+class OwnSharing:
+    """Families whose consumers have no projections to skip."""
+
+    def skip(self, attention: nn.Module) -> dict[str, nn.Module]:
+        return {}
 
 
 @dataclass(frozen=True)

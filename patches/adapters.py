@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from hf_kvcache.patches.adapter import Adapter, SeparateKV
+from hf_kvcache.patches.adapter import Adapter, OwnSharing, SeparateKV
 from hf_kvcache.patches.phi3 import FusedQKV
 from hf_kvcache.patches.rotary import Rotary
 
@@ -34,6 +34,7 @@ ADAPTERS: dict[str, Adapter] = {
     "seed_oss": LLAMA,
     "smollm3": Adapter(kv=SeparateKV(), rotary=Rotary(switch="use_rope")),
     "starcoder2": LLAMA,
+    "yoco": Adapter(kv=OwnSharing(), sources="source_layers"),
 }
 
 

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_kvcache.attention import SharingContext, register
+from hf_kvcache.attention import ResidualContext, SharingContext, register
 from hf_kvcache.cache import KVCache
 from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
+from hf_kvcache.patches import early_exit, residual
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
-from hf_kvcache.patches.rotary import Rotary
+from hf_kvcache.patches.prefix import WeightsMemo, adopt_prefix, store_prefix
+from hf_kvcache.patches.saving import save_pretrained
 from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
@@ -57,6 +59,7 @@ class Attachment:
         original_config: the one before, which other models may share.
         originals: replaced modules, as (parent, attribute, original module).
         frozen: parameters that no forward uses while the patch lasts and that were trainable before.
+        residuals: trainable weights that the plan adds to the model, by layer.
     """
 
     adapter: Adapter
@@ -66,6 +69,7 @@ class Attachment:
     original_config: Any
     originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
+    residuals: dict[int, residual.KVResidual] = field(default_factory=dict)
 
     def install(self, model: nn.Module, decoder: nn.Module, substitutes: list[tuple[nn.Module, str, Substitute]]):
         """Does all that `restore` undoes."""
@@ -84,7 +88,17 @@ class Attachment:
             self.frozen += [parameter for parameter in unused if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
-        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name, self.adapter.rotary), with_kwargs=True)
+        for layer, weights in self.residuals.items():
+            self.adapter.find_attention(model, layer).add_module(residual.ATTRIBUTE, weights)
+        decoder.register_forward_pre_hook(BeforeDecoder(self.spec, self.name, self.adapter), with_kwargs=True)
+        if self.spec.sharing.early_exit and model is not decoder:
+            model.register_forward_pre_hook(early_exit.ask, with_kwargs=True)
+            for layer in self.spec.sharing.upper:
+                self.adapter.find_layers(model)[layer].register_forward_pre_hook(early_exit.cut, with_kwargs=True)
+        if self.spec.sharing.part_of_model and hasattr(model, "save_pretrained"):
+            model.save_pretrained = partial(save_pretrained, model)
+        if self.spec.prefix is not None:
+            decoder.register_forward_hook(store_prefix, with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:
             decoder.register_forward_hook(after_decoder, with_kwargs=True)
         if hasattr(model, "_prepare_cache_for_generation"):
@@ -99,13 +113,12 @@ class Attachment:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
         _swap_config(model, self.config, self.original_config)
-        for key in [key for key, hook in decoder._forward_pre_hooks.items() if isinstance(hook, BeforeDecoder)]:
-            del decoder._forward_pre_hooks[key]
-            decoder._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key in [key for key, hook in decoder._forward_hooks.items() if hook is after_decoder]:
-            del decoder._forward_hooks[key]
-            decoder._forward_hooks_with_kwargs.pop(key, None)
-        model.__dict__.pop("_prepare_cache_for_generation", None)
+        for module in (model, decoder, *self.adapter.find_layers(model)):
+            _remove_hooks(module)
+        for layer in self.residuals:
+            self.adapter.find_attention(model, layer)._modules.pop(residual.ATTRIBUTE, None)
+        for name in ("_prepare_cache_for_generation", "save_pretrained"):
+            model.__dict__.pop(name, None)
         model.__dict__.pop(ATTRIBUTE, None)
 
 
@@ -122,17 +135,50 @@ def require_attached(model: nn.Module) -> Attachment:
     return attachment
 
 
-def attach(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> None:
-    """Gives `model`, which must not be patched, the cache that `spec` describes; on an error leaves it as it was."""
+def _remove_hooks(module: nn.Module) -> None:
+    """Takes our hooks, and no others, off a module."""
+    ours = (early_exit.ask, early_exit.cut, after_decoder, store_prefix)
+    for hooks, with_kwargs in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, BeforeDecoder) or hook in ours]:
+            del hooks[key]
+            with_kwargs.pop(key, None)
+
+
+def attach(model: nn.Module, adapter: Adapter, spec: CacheSpec, previous: Attachment | None = None) -> None:
+    """Gives `model`, which must not be patched, the cache that `spec` describes; on an error leaves it as it was.
+
+    Args:
+        previous: what was attached before. If its plan adds the same trainable weights, they go on.
+    """
     decoder = adapter.find_decoder(model)
     substitutes = [*skip_projections(model, adapter, spec), *heal_projections(decoder, spec)]
     name = register(model.config._attn_implementation)
     attachment = Attachment(adapter, spec, name, copy.deepcopy(model.config), model.config)
+    attachment.residuals = make_residuals(model, adapter, spec, previous)
     try:
         attachment.install(model, decoder, substitutes)
     except Exception:
         attachment.restore(model, decoder)
         raise
+
+
+def make_residuals(
+    model: nn.Module, adapter: Adapter, spec: CacheSpec, previous: Attachment | None
+) -> dict[int, residual.KVResidual]:
+    """The trainable weights that the plan adds, by layer: those that were attached before, or new ones."""
+    plan = spec.sharing.residual
+    if plan is None:
+        return {}
+    if previous is not None and previous.spec.sharing.residual == plan:
+        return previous.residuals
+    found = {}
+    for layer in plan.mixing:
+        weight = getattr(adapter.find_attention(model, layer), adapter.output).weight
+        found[layer] = residual.KVResidual(plan.scale, weight.device)
+    return found
 
 
 def detach(model: nn.Module) -> Attachment | None:
@@ -187,8 +233,9 @@ class BeforeDecoder:
     A class, not a closure, so that a patched model can be copied and pickled.
     """
 
-    def __init__(self, spec: CacheSpec, name: str, rotary: Rotary) -> None:
-        self.spec, self.name, self.rotary = spec, name, rotary
+    def __init__(self, spec: CacheSpec, name: str, adapter: Adapter) -> None:
+        self.spec, self.name, self.adapter = spec, name, adapter
+        self.weights = None if spec.prefix is None else WeightsMemo()
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -205,6 +252,8 @@ class BeforeDecoder:
         self._check(decoder, kwargs)
         if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
             cache.remember_prompt(kwargs["input_ids"])
+        if isinstance(cache, KVCache) and self.weights is not None:
+            adopt_prefix(decoder, cache, kwargs, self.adapter, self.weights)
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
         if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
@@ -212,10 +261,23 @@ class BeforeDecoder:
                     "reentrant gradient checkpointing gives wrong gradients when layers share KV; "
                     "call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
                 )
-            kwargs["kv_sharing"] = SharingContext(self.spec.sharing)
+            kwargs["kv_sharing"] = SharingContext(self.spec.sharing, self._residual(decoder))
+        elif cache is not None:
+            cache.residual = self._residual(decoder)
         if cache is not None and self.spec.scorer is not None and self.spec.scorer.rotates:
-            kwargs["kv_rotation"] = partial(self.rotary.of, decoder)
+            kwargs["kv_rotation"] = partial(self.adapter.rotary.of, decoder)
+        if kwargs.get(early_exit.POSITIONS) and cache is not None:
+            wanted = early_exit.widened(kwargs[early_exit.POSITIONS], self.spec, kwargs.get("attention_mask"))
+            kwargs[early_exit.POSITIONS] = wanted
         return args, kwargs
+
+    def _residual(self, decoder: nn.Module) -> ResidualContext | None:
+        """What carries the KV of bottom layers through one forward, None where none is added."""
+        plan = self.spec.sharing.residual
+        if plan is None:
+            return None
+        attentions = {layer: self.adapter.find_attention(decoder, layer) for layer in plan.mixing}
+        return ResidualContext(plan, {layer: residual.residual_of(module) for layer, module in attentions.items()})
 
     def _check(self, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+
+from hf_kvcache.spec import STATE
 
 
 def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
-    """The attention window of every layer, None for full attention.
+    """The attention window of every layer, None for full attention, `STATE` for a state in place of keys and values.
 
     Read off the cache that transformers itself would make: where a configuration says it has changed between releases.
     """
@@ -18,10 +20,12 @@ def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
             windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer:
             windows.append(layer.sliding_window)
+        elif type(layer) is LinearAttentionLayer:
+            windows.append(STATE)
         else:
             raise NotImplementedError(
                 f"layer {index} of {type(model).__name__} keeps its state in a {type(layer).__name__}; "
-                "only layers with full or sliding-window attention are supported"
+                "only layers with full or sliding-window attention, or one recurrent state, are supported"
             )
     return tuple(windows)
 

@@ -40,14 +40,20 @@ def test_report_reads_plans_and_caches(monkeypatch, capsys, tmp_path):
     assert code == 0 and "tokens seen: 20" in out
 
 
+def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "report", "--config", "yoco")
+    assert code == 0 and "4,096 B" in out and "106,496 B" in out and "10,223,616 B" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("report",), "--config and a model"),
         (("report", "absent.safetensors"), "there is no file"),
         (("calibrate", "kvsharer", "smollm2", "-o", "plan.safetensors", "--share", "2"), "share must be"),
         (("unheard-of",), "No such command"),
     ],
-    ids=["file", "option", "command"],
+    ids=["nothing", "file", "option", "command"],
 )
 def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)

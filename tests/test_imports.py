@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-AXES = {"sharing", "eviction", "codecs", "stores", "segment", "layout", "tail"}
+AXES = {"sharing", "plan", "eviction", "codecs", "stores", "segment", "layout", "tail"}
 GROUND = {"kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "deferred", "patches"}
@@ -31,27 +31,33 @@ LAYERS = {
     "safefile": set(),
     **dict.fromkeys(AXES, GROUND | AXES),
     "spec": VALUES,
-    "methods": VALUES | {"methods"},
+    # what a spec may hold of it is loaded when the method is applied
+    "sequential": VALUES | {"sequential"},
+    "methods": VALUES | {"methods", "sequential"},
     "resolve": VALUES | {"methods"},
     "attention": VALUES,
     "layers": VALUES | {"attention", "layers"},
     "persistence": VALUES,
-    "cache": VALUES | {"attention", "layers", "persistence"},
+    "cache": VALUES | {"attention", "layers", "persistence", "sequential"},
     "deferred": VALUES | {"layers", "cache"},
-    "patches": VALUES | RUNTIME,
+    "patches": VALUES | RUNTIME | {"sequential"},
 }
 # the groups that may import everything: the public functions and what is built on them
 BORDER = {
     "__init__",
     "__main__",
     "api",
+    "bench",
     "calibration",
     "cli",
+    "cli_store",
     "demo",
     "evaluation",
     "integrations",
     "measure",
     "models",
+    "planning",
+    "plot_trie",
     "plots",
     "real_models",
     "report",
@@ -65,14 +71,17 @@ RESTRICTED = {
     "triton": {"kernels.triton_ops"},
     "lm_eval": {"integrations"},
     "datasets": {"integrations"},
-    "matplotlib": {"plots", "demo"},
+    "matplotlib": {"plots", "plot_trie", "demo"},
     "gguf": {"demo", "cli", "testing"},
-    "typer": {"cli"},
-    "rich": {"cli", "demo", "progress", "report"},
+    "typer": {"cli", "cli_store"},
+    "rich": {"cli", "cli_store", "demo", "progress", "report"},
 }
 
 # not needed to use the library, or slow to import
-NOT_IMPORTED = ("triton", "lm_eval", "datasets", "matplotlib", "gguf", "typer", "rich")
+NOT_IMPORTED = (
+    *("triton", "lm_eval", "datasets", "matplotlib", "gguf", "typer", "rich"),
+    *("zstandard", "constriction", "redis", "s3fs", "sqlite3"),
+)
 
 # processor seconds, so that other work does not count
 LIMIT = 0.2
@@ -228,6 +237,7 @@ import importlib, json, sys, time
 for name in {base!r}:
     importlib.import_module(name)
 before = set(sys.modules)
+sys.dont_write_bytecode, sys.pycache_prefix = False, {folder!r}
 start = time.process_time()
 import hf_kvcache
 seconds = time.process_time() - start
@@ -239,12 +249,10 @@ print(json.dumps({{"seconds": seconds, "new": new}}))
 @pytest.fixture(scope="module")
 def fresh_imports(tmp_path_factory) -> list[dict]:
     """What three new processes say that find bytecode, as pip leaves it at installation; a first one writes it here."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("bytecode"))
-    command = [sys.executable, "-c", PROBE.format(base=BASE)]
+    command = [sys.executable, "-c", PROBE.format(base=BASE, folder=str(tmp_path_factory.mktemp("bytecode")))]
     runs: list[dict] = []
     for _ in range(4):
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         runs.append(json.loads(result.stdout.splitlines()[-1]))
     return runs[1:]

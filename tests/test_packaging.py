@@ -192,7 +192,7 @@ def expected_in_a_wheel() -> set[str]:
             linked = inside[0] == "hf_kvcache" and inside[1] in MAPPED
             if linked or "__pycache__" in inside or not path.is_file():
                 continue
-            if path.suffix == ".py" or path.name == "py.typed" or "data" in inside:
+            if path.suffix in (".py", ".yaml") or path.name == "py.typed" or "data" in inside:
                 prefix = () if folder == "hf_kvcache" else ("hf_kvcache",)
                 expected.add("/".join((*prefix, *inside)))
     return expected

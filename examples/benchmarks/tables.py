@@ -131,6 +131,20 @@ def quantisation_table() -> str:
     return markdown(["method", "KV bytes", "KL", "loss", "same top token"], lines)
 
 
+def yoco_prefill_table() -> str:
+    """Speed of prefill, and in brackets of peak memory, against the Transformer, by length."""
+    found = {(row["model"], int(row["length"])): row for row in rows("yoco_prefill")}
+    lengths = sorted({length for _, length in found})
+    lines = []
+    for model in ("yoco-retention", "yoco-window", "yoco-half"):
+        some = [found[model, length] for length in lengths]
+        shown = [f"{float(row['speedup']):.2f} ({float(row['peak_ratio']):.2f})" for row in some]
+        lines.append(
+            [model, *shown, f"{float(some[-1]['kv_bytes']) / float(found['transformer', lengths[-1]]['kv_bytes']):.3f}"]
+        )
+    return markdown(["model", *(f"{length:,d} tokens" for length in lengths), "KV bytes at the last"], lines)
+
+
 TABLES = {
     "speed": speed_table,
     "healing": healing_table,
@@ -138,6 +152,7 @@ TABLES = {
     "eviction": eviction_table,
     "peers": peers_table,
     "quantisation": quantisation_table,
+    "yoco_prefill": yoco_prefill_table,
 }
 
 

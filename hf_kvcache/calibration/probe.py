@@ -139,6 +139,13 @@ class ModelProbe:
 
         return heal_plan(self, plan)
 
+    @torch.no_grad()
+    def run_untouched(self) -> None:
+        """Runs the untouched model on the calibration batch once more, for hooks that want to see its layers."""
+        assert self._batch is not None
+        with self.attached():
+            self._run(self.full.sharing, [self._batch.hidden], {})
+
     @property
     def untouched(self) -> Trace:
         """The run of the untouched model on the calibration batch."""

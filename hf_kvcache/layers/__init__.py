@@ -1,4 +1,4 @@
-"""The layers of a `KVCache`: producers that hold KV, sliding producers, and consumers that hold nothing.
+"""The layers of a `KVCache`: producers that hold KV, sliding producers, states, and consumers that hold nothing.
 
 A layer stands in the place of key and value: `update` returns the layer itself, and the attention function calls its
 `attend`. `seen` counts the tokens processed and drives positions and masks; what is held is private to the layer.
@@ -7,5 +7,6 @@ A layer stands in the place of key and value: `update` returns the layer itself,
 from hf_kvcache.layers.consumer import ConsumerLayer
 from hf_kvcache.layers.full import KVCacheLayer, LayerSettings
 from hf_kvcache.layers.sliding import SlidingLayer
+from hf_kvcache.layers.state import StateLayer
 
-__all__ = ["ConsumerLayer", "KVCacheLayer", "LayerSettings", "SlidingLayer"]
+__all__ = ["ConsumerLayer", "KVCacheLayer", "LayerSettings", "SlidingLayer", "StateLayer"]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
+
+# sees the first column, key and value [B, H_kv, n, D] of everything that a layer computes
+Witness = Callable[[int, Tensor, Tensor], None]
 
 
 def last_tokens(tensor: Tensor, tokens: int) -> Tensor:

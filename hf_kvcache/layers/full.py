@@ -14,7 +14,7 @@ from hf_kvcache.attention import AttentionCall
 from hf_kvcache.codecs import Codec
 from hf_kvcache.eviction import EvictionPolicy, Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import entry_of, removed_by
+from hf_kvcache.layers.common import Witness, entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.replay import Replay
 from hf_kvcache.segment import Segment
@@ -86,6 +86,7 @@ class KVCacheLayer(CacheLayerMixin):
         self._replaying = False
         self._recording = False
         self.is_initialized = False
+        self.witness: Witness | None = None
 
     def expect(self, prompt_length: int, copies: int) -> None:
         """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
@@ -110,6 +111,8 @@ class KVCacheLayer(CacheLayerMixin):
         self._settle()
         self.is_initialized = True
         self.entry = entry_of(key_states)
+        if self.witness is not None:
+            self.witness(self.seen, key_states, value_states)
         early = self._too_early(key_states.shape[2])
         if early:
             self._early = key_states[:, :, -early:], value_states[:, :, -early:]
@@ -118,11 +121,21 @@ class KVCacheLayer(CacheLayerMixin):
         if self.seen == 0 and new >= (self.prompt_length or 1):
             self._fresh = key_states, value_states
         else:
-            if self.prompt_length and self.seen == 0:
-                self.tail.reserve(self.prompt_length)
-            self.tail.append(key_states.detach(), value_states.detach())
+            self._append(key_states, value_states)
         self.seen += new
         return self, self
+
+    def adopt(self, key: Tensor, value: Tensor) -> None:
+        """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
+        self.is_initialized, self.entry = True, entry_of(key)
+        self._append(key, value)
+        self.seen += key.shape[2]
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        """Adds a part of the prompt, or what comes after it, to the tail."""
+        if self.prompt_length and self.seen == 0:
+            self.tail.reserve(self.prompt_length)
+        self.tail.append(key.detach(), value.detach())
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""

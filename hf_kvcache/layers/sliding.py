@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_kvcache.attention import AttentionCall
+from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import entry_of, last_tokens, removed_by
+from hf_kvcache.layers.common import Witness, entry_of, last_tokens, removed_by
 
 
 class SlidingLayer(CacheLayerMixin):
@@ -46,6 +47,7 @@ class SlidingLayer(CacheLayerMixin):
         self.seen = 0
         self.entry: tuple[int, int, int] | None = None
         self._visible: tuple[Tensor, Tensor] | None = None
+        self.witness: Witness | None = None
 
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward."""
@@ -53,24 +55,41 @@ class SlidingLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
-        self.entry = entry_of(key_states)
-        new = key_states.shape[2]
-        if self.is_initialized:
-            key_states = torch.cat([self.keys, key_states], dim=2)
-            value_states = torch.cat([self.values, value_states], dim=2)
-        visible = self._reach() + new
-        self._visible = last_tokens(key_states, visible), last_tokens(value_states, visible)
-        self.seen += new
-        self.keys, self.values = key_states, value_states
-        self.is_initialized = True
+        if self.witness is not None:
+            self.witness(self.seen, key_states, value_states)
+        visible = self._reach() + key_states.shape[2]
+        self._append(key_states, value_states)
+        self._visible = last_tokens(self.keys, visible), last_tokens(self.values, visible)
         return self, self
+
+    def adopt(self, key: Tensor, value: Tensor) -> None:
+        """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
+        self._append(key, value)
+        if not self._recording:
+            self._hold(self._reach())
+
+    def _append(self, key: Tensor, value: Tensor) -> None:
+        """Adds tokens to those held."""
+        self.entry = entry_of(key)
+        self.seen += key.shape[2]
+        if self.is_initialized:
+            key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
+        self.keys, self.values, self.is_initialized = key, value, True
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention over the window; returns `[B, L, H_q, D]`."""
         assert self._visible is not None
         key, value = self._visible
         call = call.to(key.device)
-        if call.length > 1:
+        if call.mask is None and 1 < self.sliding_window < call.length:
+            out = attend_windows(
+                lambda query, key, value, mask: replace(call, query=query, mask=mask).dense(key, value),
+                call.query,
+                key,
+                value,
+                self.sliding_window,
+            )
+        elif call.length > 1:
             out = call.dense(key, value)
         else:
             query = call.folded_query(key.shape[1])

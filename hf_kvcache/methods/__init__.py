@@ -15,19 +15,24 @@ from hf_kvcache.methods.kvzip import KVzip
 from hf_kvcache.methods.lagkv import LagKV
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.methods.offload import Offload
+from hf_kvcache.methods.planned import Planned, TargetRatio
 from hf_kvcache.methods.pyramidkv import PyramidKV
 from hf_kvcache.methods.random import Random
 from hf_kvcache.methods.rkv import RKV
+from hf_kvcache.methods.sequential import Sequential
 from hf_kvcache.methods.snapkv import SnapKV
 from hf_kvcache.methods.streamingllm import StreamingLLM
 from hf_kvcache.methods.tova import TOVA
 from hf_kvcache.methods.turboquant import TurboQuant
 from hf_kvcache.methods.uniform import Uniform
+from hf_kvcache.methods.yoco import Yoco, YocoPlusPlus
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         KVSharer,
+        Yoco,
+        YocoPlusPlus,
         SnapKV,
         StreamingLLM,
         H2O,
@@ -48,6 +53,9 @@ METHODS: dict[str, type[Method]] = {
         Uniform,
         Fp8,
         Offload,
+        Planned,
+        TargetRatio,
+        Sequential,
     )
 }
 
@@ -71,11 +79,16 @@ __all__ = [
     "LagKV",
     "Method",
     "Offload",
+    "Planned",
     "PyramidKV",
     "Random",
     "ScoringMethod",
+    "Sequential",
     "SnapKV",
     "StreamingLLM",
+    "TargetRatio",
     "TurboQuant",
     "Uniform",
+    "Yoco",
+    "YocoPlusPlus",
 ]

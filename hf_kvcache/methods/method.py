@@ -62,6 +62,8 @@ class Method:
     name: ClassVar[str]
     slot: ClassVar[str]
     paper: ClassVar[str]
+    # the option that names this method where nothing else does, as in `patch_model(model, plan=...)`
+    implied_by: ClassVar[str | None] = None
 
     def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
         """Returns the spec with this method's slot filled."""

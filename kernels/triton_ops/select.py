@@ -17,7 +17,7 @@ def _ordered(SCORE, place, inside):
     bits = tl.load(SCORE + place, mask=inside, other=0).to(tl.uint32, bitcast=True)
     # -0.0 is 0.0
     bits = tl.where(bits == 0x80000000, 0, bits)
-    ordered = tl.where(bits >> 31 != 0, ~bits, bits | 0x80000000)
+    ordered = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(inside, ordered, 0)
 
 

@@ -1,0 +1,1 @@
+"""Other tools that run a patched model: lm-eval."""

@@ -1,0 +1,68 @@
+"""`Sequential`: prompts are kept in a store of pages, and a prompt that begins like an earlier one is not read again.
+
+A codec for *stored, offloaded and shared* caches: it does not shrink the cache that attention reads. What a run adopts
+is materialised and then held as the other methods say. The paper (arXiv 2604.15356) has two layers: prefixes that
+sessions share are stored once (`sequential.store`), and each page is coded (`codec`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_kvcache.methods.method import CalibrationModel, Method
+from hf_kvcache.spec import STATE, CacheSpec
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.basis import Basis
+    from hf_kvcache.sequential.page import PageCodec
+    from hf_kvcache.sequential.store import PrefixStore
+
+
+@dataclass(frozen=True)
+class Sequential(Method):
+    """Looks prompts up in a store, reads only what is not there, and keeps what it read.
+
+    Prompts are stored as the attention of the prompt saw them, before eviction and codes, so one store serves all
+    compositions, and with a codec that loses nothing a hit gives the tokens of a cold run.
+
+    Args:
+        store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
+        codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
+            or a page codec of your own.
+        quality: of `residual`: the higher, the finer the step (see `sequential.residual`); None for its default.
+        basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
+    """
+
+    name: ClassVar[str] = "sequential"
+    slot: ClassVar[str] = "prefix"
+    paper: ClassVar[str] = "arXiv 2604.15356"
+
+    store: str | Path | PrefixStore | None = None
+    codec: str | PageCodec = "lossless"
+    quality: float | None = None
+    basis: str | Path | Basis | None = None
+
+    def __post_init__(self):
+        if self.store is None or self.store == "":
+            raise ValueError("sequential needs a place for its pages; give store= a folder, a URL or a PrefixStore")
+
+    def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
+        from hf_kvcache.sequential.codecs import make_codec
+        from hf_kvcache.sequential.source import StoreSource
+        from hf_kvcache.sequential.store import PrefixStore
+
+        if STATE in spec.sliding_windows:
+            raise NotImplementedError(
+                "sequential stores keys and values, but this model has retention layers, which keep a state; "
+                "use a YOCO model with self_decoder='window'"
+            )
+        store = PrefixStore(self.store) if isinstance(self.store, (str, Path)) else self.store
+        if not isinstance(store, PrefixStore):
+            raise TypeError(f"store must be a folder, a URL or a PrefixStore, got {type(store).__name__}")
+        codec = self.codec
+        if isinstance(codec, str):
+            options: dict[str, Any] = {"quality": self.quality, "basis": self.basis}
+            codec = make_codec(codec, page_size=store.page_size, fingerprint=spec.fingerprint, **options)
+        return spec.fill("prefix", StoreSource(store, codec), by=self.name)

@@ -1,0 +1,103 @@
+"""Reading a model whose layers share KV by a plan that is part of it (`patches/saving.py` writes it).
+
+`AutoModelForCausalLM.from_pretrained(folder)` works once `hf_kvcache.models` is imported: what it returns is a model of
+the original family with the plan attached, as `patch_model` and `convert` leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from hf_kvcache.api import attach_plan
+from hf_kvcache.patches.residual import ATTRIBUTE
+from hf_kvcache.patches.saving import ENTRY, MODEL_TYPE, plan_of
+
+
+class SharedConfig(PreTrainedConfig):
+    """The configuration of the original family, with the plan in the field `hf_kvcache`."""
+
+    model_type = MODEL_TYPE
+
+    def original(self) -> PreTrainedConfig:
+        """The configuration in the class of its own family."""
+        entry = getattr(self, ENTRY, None)
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"this configuration has the model type {MODEL_TYPE!r} but no field {ENTRY!r} with the plan; "
+                "save the model again with save_pretrained"
+            )
+        fields = {name: value for name, value in self.to_dict().items() if name != ENTRY}
+        return AutoConfig.for_model(**{**fields, "model_type": entry["model_type"]})
+
+
+class SharedForCausalLM:
+    """What the Auto class calls: loads a model of the original family and attaches the plan."""
+
+    config_class = SharedConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *args: Any, config: SharedConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Loads the model; raises when weights are missing or of another configuration."""
+        config = config or SharedConfig.from_pretrained(folder)
+        family = AutoModelForCausalLM._model_mapping[type(config.original())]
+        wants_info = kwargs.pop("output_loading_info", False)
+        with _quiet():
+            # the residual weights are not known to the family, which would warn
+            model, info = family.from_pretrained(
+                folder, *args, config=config.original(), output_loading_info=True, **kwargs
+            )
+        unknown = [name for name in info["unexpected_keys"] if f".{ATTRIBUTE}." not in name]
+        wrong = [*info["missing_keys"], *info["mismatched_keys"], *unknown]
+        if wrong:
+            raise ValueError(
+                f"{folder} is not the checkpoint of its configuration: {sorted(map(str, wrong))[:3]} are missing, "
+                "unknown or of another shape; load the folder as save_pretrained wrote it"
+            )
+        attach_plan(model, plan_of(getattr(config, ENTRY)))
+        weights = dict(_residual_weights(Path(folder)))
+        own = {name: weight for name, weight in model.named_parameters() if f".{ATTRIBUTE}." in name}
+        if set(weights) != set(own):
+            raise ValueError(
+                f"{folder} has residual weights {sorted(weights)[:3]}..., its plan asks for {sorted(own)[:3]}...; "
+                "load the folder as save_pretrained wrote it"
+            )
+        with torch.no_grad():
+            for name, weight in own.items():
+                weight.copy_(weights[name])
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("a model with shared KV is made by patch_model or convert, or loaded with from_pretrained")
+
+
+def _residual_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the family does not know."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if f".{ATTRIBUTE}." in name)  # noqa: SIM118
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+AutoConfig.register(MODEL_TYPE, SharedConfig, exist_ok=True)
+AutoModelForCausalLM.register(SharedConfig, SharedForCausalLM, exist_ok=True)

@@ -1,0 +1,418 @@
+"""The original YOCO (arXiv 2405.05254): "You Only Cache Once".
+
+    self-decoder   X' = X + Mixer(RMSNorm(X)),  X'' = X' + SwiGLU(RMSNorm(X'))       Mixer: gated retention or a window
+    shared KV      K = RoPE(RMSNorm(M) W_K),    V = RMSNorm(M) W_V                   M: the self-decoder's output
+    cross-decoder  the same blocks, Mixer(X) = softmax(RoPE(X W_Q) K^T / sqrt(d)) V W_O, one K and V for all of them
+
+The cache holds one K and V for all of the upper layers and states of constant size for the lower ones. The keys and
+values of the prompt need the self-decoder alone, so a prefill that wants the next token only skips the upper layers for
+all other positions (early exit). This is exact.
+
+As in the authors' code, where the paper is silent: keys of retention are scaled by d^-1/2, tau = 16, embeddings are
+multiplied by the root of the width, heads of retention are normalised without a weight, and the initialisation.
+Different from it: RoPE has transformers' frequencies and layout.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hf_kvcache.attention import attend_windows
+from hf_kvcache.kernels.gated_retention import gated_retention
+from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class _Projection(nn.Linear):
+    """A matrix of retention: without a bias, and with an initial gain of its own."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
+        super().__init__(inputs, outputs, bias=False)
+        self.gain = gain
+
+
+class YocoRetention(nn.Module):
+    """Gated retention with per-head normalisation and a SiLU gate: the default mixer of the self-decoder.
+
+    Its state `[B, H, d, d]` is all that later tokens need of earlier ones.
+    """
+
+    def __init__(self, config: YocoConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
+            _Projection(config.hidden_size, width, gain=2**-2.5) for _ in range(4)
+        )
+        self.decay_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
+        self.o_proj = _Projection(width, config.hidden_size, gain=2**-1)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary,
+        token_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        key = key * self.head_dim**-0.5
+        log_decay = functional.logsigmoid(self.decay_proj(hidden_states).float()) / self.config.gate_logit_normalizer
+        log_decay = log_decay.transpose(1, 2)
+        if token_mask is not None:
+            # padding neither enters the state nor fades it
+            key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
+        state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
+        out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
+        if past_key_values is not None:
+            past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
+        out = functional.rms_norm(out, (self.head_dim,), eps=self.config.rms_norm_eps)
+        out = out.transpose(1, 2).flatten(2) * functional.silu(self.gate_proj(hidden_states))
+        return self.o_proj(out), None
+
+
+class YocoAttention(nn.Module):
+    """Softmax attention: over a window of its own keys and values, or, in the cross-decoder, over the shared ones.
+
+    Args:
+        own_kv: whether it makes keys and values itself.
+    """
+
+    def __init__(self, config: YocoConfig, layer_idx: int, own_kv: bool) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
+        self.scaling, self.attention_dropout, self.is_causal = config.head_dim**-0.5, config.attention_dropout, True
+        heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
+        self.num_key_value_groups = 1 if own_kv else heads // config.num_key_value_heads
+        self.sliding_window = config.sliding_window if own_kv else None
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        if own_kv:
+            self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, width, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Rotary,
+        attention_mask: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        if key is None:
+            key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.k_proj, self.v_proj))
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        else:
+            query = apply_rotary_pos_emb(query, query[:, :1], *position_embeddings)[0]
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend = partial(
+            function,
+            self,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        window = self.sliding_window
+        # a layer of our cache stands for key and value, and does the same by itself
+        if window and _by_blocks(self.config, attention_mask, query.shape[2], window) and isinstance(key, Tensor):
+            out = attend_windows(lambda *block: attend(*block)[0], query, key, value, window)
+            weights = None
+        else:
+            out, weights = attend(query, key, value, attention_mask)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class YocoDecoderLayer(GradientCheckpointingLayer):
+    """One block of either decoder; `key` and `value` are given to those of the cross-decoder."""
+
+    def __init__(self, config: YocoConfig, layer_idx: int) -> None:
+        super().__init__()
+        own_kv = layer_idx < config.num_self_decoder_layers
+        retention = own_kv and config.self_decoder == "retention"
+        self.self_attn = YocoRetention(config, layer_idx) if retention else YocoAttention(config, layer_idx, own_kv)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, key: Tensor | None = None, value: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        mixed, _ = self.self_attn(self.input_layernorm(hidden_states), key=key, value=value, **kwargs)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class YocoSharedKV(nn.Module):
+    """The one key and value of the cross-decoder, made of the self-decoder's output."""
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        width = config.num_key_value_heads * config.head_dim
+        self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, width, bias=False) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Rotary) -> tuple[Tensor, Tensor]:
+        """Key, after RoPE, and value `[B, H_kv, T, d]` of hidden states `[B, T, D]`."""
+        normed = self.norm(hidden_states)
+        shape = (*normed.shape[:-1], -1, self.head_dim)
+        key, value = (projection(normed).view(shape).transpose(1, 2) for projection in (self.k_proj, self.v_proj))
+        return apply_rotary_pos_emb(key[:, :1], key, *position_embeddings)[1], value
+
+
+class YocoPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config: YocoConfig
+    config_class = YocoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["YocoDecoderLayer"]  # noqa: RUF012 - transformers' names, here and below
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": YocoDecoderLayer, "attentions": YocoAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the authors: Xavier with a small gain in retention, PyTorch's own for other matrices."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, _Projection):
+            init.xavier_uniform_(module.weight, gain=module.gain)
+        elif isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As usual, but weights of another configuration are an error and not a warning."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # a bare decoder may be read out of a language model
+        wrong = {name: info[name] for name in ("missing_keys", "mismatched_keys") if info[name]}
+        wrong |= {"unexpected_keys": found} if (found := _foreign(info["unexpected_keys"])) else {}
+        if wrong:
+            details = "; ".join(f"{name}: {sorted(map(str, keys))[:3]}" for name, keys in wrong.items())
+            raise ValueError(
+                f"these weights are of another configuration than self_decoder={model.config.self_decoder!r} with "
+                f"{model.config.num_self_decoder_layers} of {model.config.num_hidden_layers} layers ({details}); load "
+                "them with the configuration that they were saved with"
+            )
+        return (model, info) if output_loading_info else model
+
+
+def _foreign(names: Any) -> list[str]:
+    return [name for name in names if "lm_head" not in name]
+
+
+class YocoModel(YocoPreTrainedModel):
+    """Both decoders, without the head."""
+
+    padding_idx: int | None
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self._is_stateful = config.self_decoder == "retention"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(YocoDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.shared_kv = YocoSharedKV(config)
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        positions_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoders.
+
+        Args:
+            positions_to_keep: run the cross-decoder for so many last positions only; 0 for all of them. The hidden
+                states returned are of these positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if attention_mask is not None and attention_mask.dim() == 2 and bool(attention_mask.all()):
+            attention_mask = None
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = inputs_embeds.shape[1]
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device).unsqueeze(0)
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = {"full": create_causal_mask(**arguments)}
+        if _by_blocks(self.config, attention_mask, length, self.config.sliding_window):
+            masks["below"] = None
+        elif self.config.self_decoder == "window":
+            masks["below"] = create_sliding_window_causal_mask(**arguments)
+        else:
+            masks["token"] = _token_mask(attention_mask, length)
+        hidden_states = inputs_embeds * self.config.hidden_size**0.5
+        rotary = self.rotary_emb(hidden_states, position_ids=position_ids)
+        below = self.config.num_self_decoder_layers
+        for layer in self.layers[:below]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks.get("below"),
+                token_mask=masks.get("token"),
+                position_embeddings=rotary,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        key, value = self.shared_kv(hidden_states, rotary)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, below)
+        mask = masks["full"]
+        if 0 < positions_to_keep < length:
+            hidden_states = hidden_states[:, -positions_to_keep:]
+            rotary = tuple(table[:, -positions_to_keep:] for table in rotary)
+            mask = _last_rows(mask, positions_to_keep, seen + length, hidden_states)
+        for layer in self.layers[below:]:
+            hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+def _by_blocks(config: YocoConfig, mask: Tensor | None, length: int, window: int | None) -> bool:
+    """Whether a window is short enough to be attended block by block, without a mask of the whole length.
+
+    Padding needs that mask, eager attention takes another kind, and Flash has windows of its own.
+    """
+    if window is None or length <= window or not (mask is None or (mask.dim() == 2 and bool(mask.all()))):
+        return False
+    return config._attn_implementation in ("sdpa", "hf_kvcache")
+
+
+def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """`[B, length]`, 0 for padding among the new tokens; None where there is none."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise NotImplementedError(
+            f"gated retention takes a mask of padding [B, T], got one of shape {tuple(attention_mask.shape)}; "
+            "pass a 2-D mask, or use self_decoder='window'"
+        )
+    new = attention_mask[:, -length:]
+    return None if bool(new.all()) else new
+
+
+def _last_rows(mask: Tensor | None, rows: int, tokens: int, like: Tensor) -> Tensor | None:
+    """The mask of the last `rows` queries over `tokens` tokens."""
+    if mask is not None:
+        return mask[:, :, -rows:]
+    if rows == 1:
+        return None
+    return torch.ones(rows, tokens, dtype=torch.bool, device=like.device).tril(tokens - rows)[None, None]
+
+
+class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
+    """YOCO with a language model's head.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_config(YocoConfig(**sizes))
+        >>> model.generate(**inputs)          # early-exit prefill
+        >>> model(**inputs).logits            # all positions: all layers over all positions
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - transformers' name
+
+    def __init__(self, config: YocoConfig) -> None:
+        super().__init__(config)
+        self.model = YocoModel(config)
+        self._is_stateful = self.model._is_stateful
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As other causal language models. With an int `logits_to_keep` the cross-decoder runs for these positions."""
+        all_wanted = labels is not None or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if self.config.early_exit and isinstance(logits_to_keep, int) and not all_wanted:
+            kwargs["positions_to_keep"] = logits_to_keep
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,151 @@
+"""`tune`: measures on the user's text what every choice costs, solves for the bytes asked, verifies the result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hf_kvcache.api import unpatched_fingerprint
+from hf_kvcache.calibration.texts import Calibration, find_tokenizer
+from hf_kvcache.methods.planned import LARGEST, without_measuring
+from hf_kvcache.plan import CachePlan
+from hf_kvcache.planning.costs import Costs, measure_costs
+from hf_kvcache.planning.solve import solve
+from hf_kvcache.planning.verify import Verified, references, verify
+from hf_kvcache.planning.windows import windows
+from hf_kvcache.progress import progress
+
+FOLLOWING = 128
+# every third window is held back for the verification
+HELD = 3
+ATTEMPTS = 4
+# bytes that a cache holds beside its entries make a plan a little larger than the sum of its choices
+SLACK = 0.003
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A plan and what is known about it.
+
+    Args:
+        plan: with the figures below in its settings.
+        expected: nats a token that it should cost by the sum of its choices.
+        verified: what it costs on held-back text.
+        uniform: what the plan of `target_ratio`, made without measuring, costs there.
+    """
+
+    plan: CachePlan
+    expected: float
+    verified: Verified
+    uniform: Verified
+
+
+class Tuner:
+    """Measures once, and makes a plan for any ratio.
+
+    Args:
+        model: unpatched. In float32: half precision hides what is gentler than 4 bits.
+        tokenizer: of the model; None to look for one at the place it was loaded from.
+        texts: to measure on: texts, the path of a text file, or token ids; None for the shipped sample.
+        scorer: the method that says which tokens a head keeps.
+        samples: windows to measure on; half as many again are held back.
+        length: tokens of each context.
+        draws: samples of the gradient a question (see `planning.gradients`).
+
+    Example:
+        >>> tuner = Tuner(model, tokenizer, "my_texts.txt")
+        >>> for ratio in (4, 8, 16):
+        ...     tuner.tune(ratio).plan.save(f"plan-{ratio}.safetensors")
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        texts: Calibration = None,
+        *,
+        scorer: str = "kvzip",
+        samples: int = 6,
+        length: int = 1024,
+        draws: int = 12,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        for name, count in (("samples", samples), ("length", length), ("draws", draws)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a positive int, got {count!r}")
+        self.model, self.fingerprint = model, unpatched_fingerprint(model)
+        self.tokenizer = tokenizer or find_tokenizer(model)
+        self.scorer, self.say = scorer, say
+        held = max(samples // (HELD - 1), 1)
+        found = windows(model, self.tokenizer, texts, samples + held, length, FOLLOWING)
+        self.held = [window for index, window in enumerate(found) if index % HELD == 1][:held]
+        self.measured = [window for window in found if all(window is not other for other in self.held)]
+        self._costs: Costs | None = None
+        self._references: Any = None
+        self._settings = {"samples": samples, "held_back": held, "length": length, "draws": draws}
+
+    @property
+    def costs(self) -> Costs:
+        """What every choice costs; measured when it is first asked for."""
+        if self._costs is None:
+            start = time.perf_counter()
+            self.say(f"reading {len(self.measured)} windows of {self._settings['length']} tokens")
+            with progress("measuring what every choice costs", len(self.measured)) as step:
+                self._costs = measure_costs(
+                    self.model, self.tokenizer, self.measured, self.scorer, self._settings["draws"], done=step
+                )
+            self.say(f"measured {self._costs.loss.numel()} choices in {time.perf_counter() - start:.0f} s")
+        return self._costs
+
+    def tune(self, target_ratio: float) -> Tuned:
+        """The plan of least loss whose caches are `target_ratio` times smaller than in 16 bits.
+
+        Raises:
+            ValueError: when the ratio is out of reach.
+        """
+        if isinstance(target_ratio, bool) or not isinstance(target_ratio, (int, float)) or not target_ratio > 1:
+            raise ValueError(f"target_ratio is a number above 1, got {target_ratio!r}")
+        layers, asked = self.costs.num_layers, float(target_ratio)
+        for _ in range(ATTEMPTS):
+            plan, expected = solve(self.costs, asked, self.fingerprint)
+            verified = self.verify(plan)
+            self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
+            if verified.ratio >= target_ratio * (1 - SLACK):
+                break
+            asked *= 1.002 * target_ratio / verified.ratio
+        uniform = self.verify(self.uniform_plan(target_ratio))
+        text = {
+            "target_ratio": f"{target_ratio:g}",
+            "ratio": f"{verified.ratio:.3f}",
+            "kl_continuation": f"{verified.continuation:.4g}",
+            "kl_quotation": f"{verified.quotation:.4g}",
+            "kl_expected": f"{expected:.4g}",
+            "kl_unmeasured_plan": f"{uniform.continuation:.4g} and {uniform.quotation:.4g}",
+            "layers_measured": f"{len(self.costs.layers)} of {layers}",
+            **{name: str(value) for name, value in self._settings.items()},
+        }
+        return Tuned(replace(plan, settings=text), expected, verified, uniform)
+
+    def uniform_plan(self, ratio: float) -> CachePlan:
+        """The plan of `patch_model(target_ratio=...)`, which nothing was measured for."""
+        kept, key_bits, value_bits = without_measuring(min(ratio, LARGEST))
+        heads = self.costs.loss.shape[-1]
+        return CachePlan.uniform(self.costs.num_layers, heads, kept, key_bits, value_bits, scorer=self.scorer)
+
+    def verify(self, plan: CachePlan) -> Verified:
+        """What a plan costs on the held-back windows."""
+        if self._references is None:
+            self._references = references(self.model, self.held)
+        return verify(self.model, self.tokenizer, self.held, self._references, plan=plan)
+
+
+def tune(model: Any, tokenizer: Any = None, *, target_ratio: float, texts: Calibration = None, **options: Any) -> Tuned:
+    """Makes one plan; see `Tuner` for the other options.
+
+    Example:
+        >>> tuned = tune(model, tokenizer, target_ratio=8, texts="my_texts.txt")
+        >>> patch_model(model, plan=tuned.plan)
+    """
+    return Tuner(model, tokenizer, texts, **options).tune(target_ratio)

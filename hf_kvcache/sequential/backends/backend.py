@@ -1,0 +1,126 @@
+"""The interface of a backend, and which one a URL means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a store knows of a page without reading it.
+
+    Args:
+        key, parent: of the page; the parent of a first page is the root of its identity.
+        ids: its token ids.
+        start: the position of the first.
+        codec: its name.
+        size: bytes of the file.
+        created, used: seconds since the epoch.
+        hits: how often it was adopted, where the backend counts.
+        seconds: that its prefill took.
+        information: -log2 of the probability that the model gave its tokens; None where no logits were at hand.
+        model: fingerprint of the model.
+    """
+
+    key: str
+    parent: str
+    ids: np.ndarray
+    start: int
+    codec: str
+    size: int
+    created: float
+    used: float = 0.0
+    hits: int = 0
+    seconds: float = 0.0
+    information: float | None = None
+    model: str = ""
+
+    @classmethod
+    def of_header(cls, header: dict[str, Any], ids: np.ndarray, size: int) -> Entry:
+        """From a page file."""
+        names = ("key", "parent", "start", "codec", "created", "seconds", "information", "model")
+        return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
+
+
+class Backend(Protocol):
+    """A place that holds pages. Any number of processes may use one place at once.
+
+    A page is bytes; what they mean is not the backend's business. Failures are whatever the driver raises: the store
+    turns them into misses.
+    """
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        """What the driver raises when the place cannot be used."""
+        ...
+
+    def write(self, entry: Entry, data: bytes) -> None:
+        """Stores a page, all of it or nothing. When this returns, the page survives the end of the process."""
+        ...
+
+    def read(self, key: str, parent: str) -> bytes | None:
+        """The bytes of a page, None when it is not there."""
+        ...
+
+    def contains(self, key: str, parent: str) -> bool: ...
+
+    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
+        """Keys of pages behind `parent` that begin with the token `head`, and their ids where that costs nothing."""
+        ...
+
+    def used(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Counts a hit of each (key, parent)."""
+        ...
+
+    def delete(self, key: str, parent: str) -> None:
+        """Removes a page; does nothing when it is gone already."""
+        ...
+
+    def entries(self) -> Iterator[Entry]:
+        """All pages."""
+        ...
+
+    def total(self) -> int:
+        """Bytes of all pages."""
+        ...
+
+    def pins(self) -> dict[str, str]:
+        """Names that users gave, and the key of the page that each holds on to."""
+        ...
+
+    def pin(self, name: str, key: str | None) -> None:
+        """Makes `name` hold on to `key`; None lets go."""
+        ...
+
+    def collect(self) -> int:
+        """Removes what interrupted writes left behind; returns the bytes."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] | None = None) -> Backend:
+    """The backend behind a folder or URL: `redis://...`, any URL that fsspec knows (`s3://bucket/folder`), a folder.
+
+    Raises:
+        ModuleNotFoundError: when the driver for a URL is not installed; the text names the package.
+        ValueError: for a URL that no driver knows.
+    """
+    text, options = str(url), options or {}
+    scheme = text.partition("://")[0] if "://" in text else ""
+    if scheme in ("redis", "rediss", "unix"):
+        from hf_kvcache.sequential.backends.redis_server import RedisServer
+
+        return RedisServer(text, secret, options)
+    if scheme and scheme != "file":
+        from hf_kvcache.sequential.backends.filesystem import FileSystem
+
+        return FileSystem(text, secret, options)
+    from hf_kvcache.sequential.backends.directory import Directory
+
+    return Directory(text.removeprefix("file://"), secret, **options)

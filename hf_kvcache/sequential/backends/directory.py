@@ -1,0 +1,229 @@
+"""`Directory`: pages as files of a local folder, with an index in SQLite. The default; needs no server.
+
+    <folder>/pages/ab/ab12...     one file a page, named by its key
+    <folder>/index.sqlite         what is known of every page, for everything but reading one
+
+A page is written beside its place, flushed to the disk, renamed into it and only then entered in the index; that is the
+moment it counts as stored. A process that dies before leaves at most a file without an entry, which is as good as any
+other, or a scratch file, which `collect` removes. Whether a page is there is asked of the files, not of the index: a
+lost index costs nothing but counts, and is rebuilt from the pages.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.identity import require_key
+from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.record import summary
+
+# seconds to wait for another process's transaction
+PATIENCE = 60
+# seconds after which a scratch file belongs to nobody
+ABANDONED = 600
+MOST_CHILDREN = 64
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS pages (
+    key TEXT PRIMARY KEY, parent TEXT NOT NULL, head INTEGER NOT NULL, ids BLOB NOT NULL, start INTEGER NOT NULL,
+    codec TEXT NOT NULL, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL,
+    seconds REAL NOT NULL, information REAL, model TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS children ON pages (parent, head);
+CREATE TABLE IF NOT EXISTS pins (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+"""
+COLUMNS = "key, parent, ids, start, codec, size, created, used, hits, seconds, information, model"
+
+
+class Directory:
+    """Pages in a local folder.
+
+    Args:
+        path: of the folder; made when it is not there.
+        secret: with which pages are signed.
+        durable: wait for the disk before a page counts as stored. Without, a crash of the machine, but not of the
+            process, may lose pages; damaged ones are still recognised.
+    """
+
+    failures: ClassVar[tuple[type[Exception], ...]] = (OSError, sqlite3.Error)
+
+    def __init__(self, path: str | Path, secret: bytes = b"", durable: bool = True) -> None:
+        self.path, self.secret, self.durable = Path(path).absolute(), secret, durable
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._process = -1
+        (self.path / "pages").mkdir(parents=True, exist_ok=True)
+
+    def write(self, entry: Entry, data: bytes) -> None:
+        place = self._place(entry.key)
+        place.parent.mkdir(exist_ok=True)
+        scratch = place.with_name(f".{entry.key[:16]}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            with scratch.open("wb") as file:
+                file.write(data)
+                file.flush()
+                if self.durable:
+                    os.fsync(file.fileno())
+            scratch.replace(place)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        if self.durable:
+            _flush_folder(place.parent)
+        self._insert([entry])
+
+    def read(self, key: str, parent: str) -> bytes | None:
+        try:
+            return self._place(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def contains(self, key: str, parent: str) -> bool:
+        return self._place(key).is_file()
+
+    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
+        rows = self._run(
+            f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
+            (parent, head),
+        )
+        return [(key, np.frombuffer(ids, dtype="<u4")) for key, ids in rows]
+
+    def used(self, keys: Iterable[tuple[str, str]]) -> None:
+        now = time.time()
+        rows = [(now, key) for key, _ in keys]
+        with self._lock, self._database() as database:
+            database.executemany("UPDATE pages SET hits = hits + 1, used = ? WHERE key = ?", rows)
+
+    def delete(self, key: str, parent: str) -> None:
+        # the entry first: dying in between leaves a page that is whole, not an entry without one
+        self._run("DELETE FROM pages WHERE key = ?", (require_key(key),))
+        self._place(key).unlink(missing_ok=True)
+
+    def entries(self) -> Iterator[Entry]:
+        for row in self._run(f"SELECT {COLUMNS} FROM pages ORDER BY created"):
+            named = dict(zip(COLUMNS.split(", "), row, strict=True))
+            yield Entry(**{**named, "ids": np.frombuffer(named["ids"], dtype="<u4")})
+
+    def total(self) -> int:
+        return int(self._run("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
+
+    def pins(self) -> dict[str, str]:
+        return dict(self._run("SELECT name, key FROM pins"))
+
+    def pin(self, name: str, key: str | None) -> None:
+        if key is None:
+            self._run("DELETE FROM pins WHERE name = ?", (name,))
+        else:
+            self._run("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, require_key(key)))
+
+    def collect(self) -> int:
+        """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
+        freed, unknown = 0, []
+        known = {row[0] for row in self._run("SELECT key FROM pages")}
+        for path in (self.path / "pages").glob("*/*"):
+            if path.name.startswith("."):
+                if time.time() - path.stat().st_mtime > ABANDONED:
+                    freed += path.stat().st_size
+                    path.unlink(missing_ok=True)
+            elif path.name not in known:
+                unknown.append(path)
+        self._insert(entry for path in unknown for entry in _entry_of(path, self.secret))
+        for key in known:
+            if not self._place(key).exists():
+                self._run("DELETE FROM pages WHERE key = ?", (key,))
+        return freed
+
+    def close(self) -> None:
+        with self._lock:
+            if self._connection is not None and self._process == os.getpid():
+                self._connection.close()
+            self._connection = None
+
+    def _place(self, key: str) -> Path:
+        return self.path / "pages" / require_key(key)[:2] / key
+
+    def _insert(self, entries: Iterable[Entry]) -> None:
+        rows = [
+            (
+                entry.key,
+                require_key(entry.parent),
+                int(entry.ids[0]),
+                np.asarray(entry.ids, dtype="<u4").tobytes(),
+                *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
+                *(entry.seconds, entry.information, entry.model),
+            )
+            for entry in entries
+        ]
+        with self._lock, self._database() as database:
+            database.executemany(f"INSERT OR REPLACE INTO pages VALUES ({', '.join('?' * 13)})", rows)
+
+    def _run(self, statement: str, values: tuple = ()) -> list[tuple]:
+        with self._lock, self._database() as database:
+            return database.execute(statement, values).fetchall()
+
+    def _database(self) -> sqlite3.Connection:
+        """The connection of this process: one that was inherited over a fork must not be used."""
+        if self._connection is None or self._process != os.getpid():
+            try:
+                self._connection = self._open()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                self._rebuild()
+            self._process = os.getpid()
+        assert self._connection is not None
+        return self._connection
+
+    def _open(self) -> sqlite3.Connection:
+        index = self.path / "index.sqlite"
+        writable = os.access(self.path, os.W_OK)
+        url = f"{index.as_uri()}?mode=rwc" if writable else f"{index.as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(url, PATIENCE, uri=True, check_same_thread=False)
+        try:
+            if writable:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
+                connection.executescript(TABLES)
+            # a damaged file is found out here
+            connection.execute("SELECT COUNT(*) FROM pages").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _rebuild(self) -> None:
+        """Puts a damaged index aside and makes one anew from the pages."""
+        for suffix in ("", "-wal", "-shm"):
+            path = self.path / f"index.sqlite{suffix}"
+            if path.exists():
+                path.replace(self.path / f"damaged-{os.getpid()}-index.sqlite{suffix}")
+        self._connection, self._process = self._open(), os.getpid()
+        self.collect()
+
+
+def _entry_of(path: Path, secret: bytes) -> list[Entry]:
+    """The entry of a page file, in a list; empty when it is not a good one."""
+    try:
+        entry = summary(path.read_bytes(), secret)
+        return [entry] if entry.key == path.name else []
+    except (OSError, PageError):
+        return []
+
+
+def _flush_folder(path: Path) -> None:
+    """Makes a rename survive a crash of the machine, where the system can do it."""
+    if hasattr(os, "O_DIRECTORY"):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

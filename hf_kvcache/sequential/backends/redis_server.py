@@ -1,0 +1,137 @@
+"""`RedisServer`: pages as values of a Redis server, for many machines that share one memory.
+
+    hf_kvcache:page:<key>        the bytes of a page
+    hf_kvcache:entry:<key>       what is known of it, a hash; `hits` and `used` among it
+    hf_kvcache:behind:<parent>   the keys of the pages behind it, a set
+    hf_kvcache:all               all keys, a set
+    hf_kvcache:pins              names and the keys that they hold on to, a hash
+
+One page is one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.identity import require_key
+
+PREFIX = "hf_kvcache"
+MOST_CHILDREN = 64
+
+
+class RedisServer:
+    """Pages in Redis.
+
+    Args:
+        url: `redis://host:port/database`.
+        secret: with which pages are signed; checked by the store.
+        options: for `redis.Redis.from_url`.
+    """
+
+    def __init__(self, url: str, secret: bytes = b"", options: Mapping[str, Any] | None = None) -> None:
+        try:
+            import redis
+        except ImportError:
+            raise ModuleNotFoundError(f"the store {url.split('@')[-1]} needs redis; pip install redis") from None
+        self._client: Any = redis.Redis.from_url(
+            url, **{"socket_timeout": 20, "socket_connect_timeout": 5, **(options or {})}
+        )
+        self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
+
+    @property
+    def failures(self) -> tuple[type[Exception], ...]:
+        return self._failures
+
+    def write(self, entry: Entry, data: bytes) -> None:
+        key = require_key(entry.key)
+        known = {
+            "parent": require_key(entry.parent),
+            "ids": np.asarray(entry.ids, dtype="<u4").tobytes(),
+            "size": len(data),
+            "hits": entry.hits,
+            "used": entry.used,
+            "known": json.dumps(
+                [entry.start, entry.codec, entry.created, entry.seconds, entry.information, entry.model]
+            ),
+        }
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.set(f"{PREFIX}:page:{key}", data)
+            transaction.hset(f"{PREFIX}:entry:{key}", mapping=known)
+            transaction.sadd(f"{PREFIX}:behind:{entry.parent}", key)
+            transaction.sadd(f"{PREFIX}:all", key)
+            transaction.execute()
+
+    def read(self, key: str, parent: str) -> bytes | None:
+        return self._client.get(f"{PREFIX}:page:{require_key(key)}")
+
+    def contains(self, key: str, parent: str) -> bool:
+        return bool(self._client.exists(f"{PREFIX}:page:{require_key(key)}"))
+
+    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
+        keys = [key.decode() for key in self._client.smembers(f"{PREFIX}:behind:{require_key(parent)}")]
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.hget(f"{PREFIX}:entry:{key}", "ids")
+            found = zip(keys, pipeline.execute(), strict=True)
+        pages: list[tuple[str, np.ndarray | None]] = []
+        for key, data in found:
+            ids = np.frombuffer(data or b"", dtype="<u4")
+            if len(ids) and ids[0] == head:
+                pages.append((key, ids))
+        return pages[:MOST_CHILDREN]
+
+    def used(self, keys: Iterable[tuple[str, str]]) -> None:
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key, _ in keys:
+                pipeline.hincrby(f"{PREFIX}:entry:{key}", "hits", 1)
+                pipeline.hset(f"{PREFIX}:entry:{key}", "used", time.time())
+            pipeline.execute()
+
+    def delete(self, key: str, parent: str) -> None:
+        with self._client.pipeline(transaction=True) as transaction:
+            transaction.delete(f"{PREFIX}:page:{require_key(key)}", f"{PREFIX}:entry:{key}")
+            transaction.srem(f"{PREFIX}:behind:{require_key(parent)}", key)
+            transaction.srem(f"{PREFIX}:all", key)
+            transaction.execute()
+
+    def entries(self) -> Iterator[Entry]:
+        for key in self._client.sscan_iter(f"{PREFIX}:all"):
+            found = self._client.hgetall(f"{PREFIX}:entry:{key.decode()}")
+            if b"known" not in found:
+                continue
+            start, codec, created, seconds, information, model = json.loads(found[b"known"])
+            yield Entry(
+                key.decode(),
+                found[b"parent"].decode(),
+                np.frombuffer(found[b"ids"], dtype="<u4"),
+                *(start, codec, int(found[b"size"]), created, float(found[b"used"]), int(found[b"hits"])),
+                *(seconds, information, model),
+            )
+
+    def total(self) -> int:
+        return sum(entry.size for entry in self.entries())
+
+    def pins(self) -> dict[str, str]:
+        return {name.decode(): key.decode() for name, key in self._client.hgetall(f"{PREFIX}:pins").items()}
+
+    def pin(self, name: str, key: str | None) -> None:
+        if key is None:
+            self._client.hdel(f"{PREFIX}:pins", name)
+        else:
+            self._client.hset(f"{PREFIX}:pins", name, require_key(key))
+
+    def collect(self) -> int:
+        """A transaction leaves nothing behind; entries whose page the server has dropped are removed."""
+        for entry in list(self.entries()):
+            if not self.contains(entry.key, entry.parent):
+                self.delete(entry.key, entry.parent)
+        return 0
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,59 @@
+"""Early exit for a model whose upper layers only read the KV of lower ones.
+
+Where only the logits of the last positions are asked for (`logits_to_keep`, which is 1 in `generate`), the upper layers
+run for these positions only: no other position can influence them, since all keys and values come from below. Exact.
+Three hooks on the instance: one before the language model's forward sees what is asked for, one before the decoder's
+(in `attach`) makes room for the queries that eviction looks at, one before each upper layer cuts its input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvcache.spec import CacheSpec
+
+# the keyword argument in which the number travels
+POSITIONS = "positions_to_keep"
+
+
+def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The hook before the language model's forward: says for how many last positions logits are wanted."""
+    wanted = kwargs.get("logits_to_keep", 0)
+    all_positions = kwargs.get("labels") is not None or kwargs.get(
+        "output_hidden_states", model.config.output_hidden_states
+    )
+    if isinstance(wanted, int) and wanted > 0 and not all_positions:
+        kwargs[POSITIONS] = wanted
+    return args, kwargs
+
+
+def widened(wanted: int, spec: CacheSpec, mask: Tensor | None) -> int:
+    """How many positions the upper layers must run for, so that eviction sees the queries that it looks at; 0: all."""
+    queries = 0 if spec.scorer is None else spec.scorer.queries
+    if not queries:
+        return wanted if queries == 0 else 0
+    # a row that ends in padding has its last queries further back
+    padded = mask is not None and not bool(mask[:, -queries:].all())
+    return 0 if padded else wanted + queries
+
+
+def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The hook before an upper layer: cuts everything it is given to the last positions."""
+    last = kwargs.pop(POSITIONS, 0)
+    if last:
+        if args:
+            args = (args[0][:, -last:], *args[1:])
+        for name, dim in (("hidden_states", 1), ("attention_mask", 2), ("position_ids", 1)):
+            if isinstance(kwargs.get(name), Tensor):
+                kwargs[name] = _last(kwargs[name], last, dim)
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = tuple(_last(table, last, 1) for table in kwargs["position_embeddings"])
+    return args, kwargs
+
+
+def _last(tensor: Tensor, count: int, dim: int) -> Tensor:
+    length = tensor.shape[dim]
+    return torch.narrow(tensor, dim, max(length - count, 0), min(count, length))

@@ -1,0 +1,129 @@
+"""Giving a prompt to the store of prefixes, and taking what it has of one: the part around the decoder's forward.
+
+Before a forward that brings an announced prompt, the layers adopt what the store knows, and the decoder gets only the
+tokens that are left. What cannot be looked up soundly is computed: embeddings in place of tokens, positions that are
+not those of the tokens, weights or rotary embeddings that depend on more than the prefix.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_kvcache.cache import KVCache
+from hf_kvcache.fingerprint import weights_digest, weights_state
+from hf_kvcache.patches.adapter import Adapter
+
+if TYPE_CHECKING:
+    from hf_kvcache.sequential.session import ModelFacts
+
+# arguments of a decoder that have a column for every token of the forward
+BY_TOKEN = ("input_ids", "position_ids", "cache_position")
+# RoPE whose angles for a token depend on how long the whole sequence is
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
+
+
+class WeightsMemo:
+    """The digest of a decoder's weights, computed again when they may have changed; "" where it cannot be had."""
+
+    def __init__(self) -> None:
+        self._state: tuple | None = None
+        self._digest = ""
+
+    def of(self, decoder: nn.Module) -> str:
+        if any(tensor.device.type == "meta" for tensor in decoder.parameters()):
+            # weights that are elsewhere cannot be told from others
+            return ""
+        state = weights_state(decoder)
+        if state != self._state:
+            self._state, self._digest = state, weights_digest(decoder)
+        return self._digest
+
+
+def adopt_prefix(
+    decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], adapter: Adapter, memo: WeightsMemo
+) -> None:
+    """Has the layers of `cache` adopt what the store has of a forward, and takes those tokens out of its arguments."""
+    session = cache.prompts
+    if session is None or not session.active:
+        return
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    positions = kwargs.get("position_ids")
+    if ids is None or not _plain(decoder, ids.device) or not _in_order(positions, mask, cache, ids.shape[1]):
+        session.stop()
+        return
+    weights = memo.of(decoder)
+    if not weights:
+        session.stop()
+        return
+    facts = model_facts(decoder, cache, adapter, weights)
+    producers = cache.producers
+    adopted = session.before(ids, mask, facts, list(producers.values()))
+    for name in BY_TOKEN:
+        if adopted and isinstance(kwargs.get(name), Tensor):
+            kwargs[name] = kwargs[name][..., adopted:]
+
+
+def model_facts(decoder: nn.Module, cache: KVCache, adapter: Adapter, weights: str) -> ModelFacts:
+    """What the layers of `cache` hold of a token, where, and how RoPE turns it."""
+    # only users of a store pay for its modules
+    from hf_kvcache.sequential.page import Geometry
+    from hf_kvcache.sequential.session import ModelFacts
+
+    attentions = [adapter.find_attention(decoder, layer) for layer in cache.producers]
+
+    def rotate(place: int, vectors: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+        return adapter.rotary.of(decoder, attentions[place])(vectors, positions, inverse)
+
+    geometry = Geometry(
+        tuple(cache.producers),
+        tuple(heads_of(attention) for attention in attentions),
+        tuple(attention.head_dim for attention in attentions),
+        decoder.dtype,
+    )
+    return ModelFacts(weights, geometry, [_device(attention) or decoder.device for attention in attentions], rotate)
+
+
+def store_prefix(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """The hook after the decoder's forward: a prompt that is complete goes to the store."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache) and cache.prompts is not None and not cache.replaying:
+        cache.prompts.after()
+
+
+def heads_of(attention: nn.Module) -> int:
+    """KV heads of an attention module; what it then computes is checked against this."""
+    return getattr(attention, "num_key_value_heads", None) or attention.config.num_key_value_heads
+
+
+def _plain(decoder: nn.Module, device: torch.device) -> bool:
+    """Whether keys and values depend on the tokens and the weights alone."""
+    kinds = getattr(decoder.config, "rope_parameters", None) or {}
+    nested = [kind for kind in kinds.values() if isinstance(kind, dict)]
+    types = {kind.get("rope_type", "default") for kind in nested or [kinds]}
+    return not (decoder.training or torch.is_autocast_enabled(device.type) or types & LENGTH_DEPENDENT)
+
+
+def _in_order(positions: Tensor | None, mask: Tensor | None, cache: KVCache, new: int) -> bool:
+    """Whether the tokens of a forward stand at the positions that they have in their rows."""
+    seen = cache.get_seq_length()
+    if mask is None:
+        expected = torch.arange(seen, seen + new)[None]
+    else:
+        if mask.dim() != 2 or mask.shape[1] != seen + new:
+            return False
+        expected = (mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:].cpu()
+    if positions is None:
+        return mask is None or bool(mask.bool().all())
+    if positions.dim() != 2 or positions.shape[1] != new:
+        return False
+    real = torch.ones_like(expected, dtype=torch.bool) if mask is None else mask[:, seen:].bool().cpu()
+    return bool(((positions.cpu() == expected) | ~real).all())
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    """Where a module computes; None for weights that are brought there only to be used."""
+    device = next(module.parameters()).device
+    return None if device.type == "meta" else device

@@ -1,0 +1,414 @@
+"""The original YOCO as a transformers model: exactness of its cache and early exit, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_kvcache import KVSharer, SharingPlan, Yoco, new_cache, patch_model, report, unpatch_model
+from hf_kvcache.models import YocoConfig, YocoForCausalLM
+from hf_kvcache.testing import (
+    greedy,
+    greedy_by_forward,
+    left_pad,
+    live_bytes,
+    model_state,
+    random_ids,
+    tiny_model,
+)
+
+KINDS = ("retention", "window")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def model_of(kind, **changes):
+    return tiny_model("yoco", self_decoder=kind, **{"sliding_window": 8, "retention_chunk_size": 8, **changes})
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
+
+
+def patched_or_not(kind, method):
+    model = model_of(kind)
+    return model if method == "unpatched" else patch_model(model, None if method == "none" else method)
+
+
+@every_kind
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+def test_cached_decoding_is_one_full_pass(kind, method):
+    model = patched_or_not(kind, method)
+    ids = random_ids(batch=2, length=21)
+    chosen = greedy(model, ids)
+    whole = logits(model, torch.cat([ids, chosen], dim=1), use_cache=False)[:, 20:-1]
+    assert torch.equal(whole.argmax(-1), chosen)
+    assert torch.equal(greedy_by_forward(model, ids), chosen)
+
+
+@every_kind
+def test_no_method_is_the_unpatched_model(kind):
+    model = model_of(kind)
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (21, 9, 1)])
+    expected, before = greedy(model, ids, attention_mask=mask), model_state(model)
+    patch_model(model, None)
+    assert torch.equal(greedy(model, ids, attention_mask=mask), expected)
+    unpatch_model(model)
+    before.assert_equal(model_state(model))
+
+
+@every_kind
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+def test_padded_row_is_the_row_alone(kind, method):
+    model = patched_or_not(kind, method)
+    rows = [random_ids(length=length, seed=length)[0] for length in (23, 11, 3)]
+    ids, mask = left_pad(rows)
+    batch = greedy(model, ids, attention_mask=mask)
+    for index, row in enumerate(rows):
+        assert torch.equal(greedy(model, row[None])[0], batch[index])
+
+
+@every_kind
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_prefill_may_come_in_chunks(kind, method, chunk):
+    model = patched_or_not(kind, method)
+    ids = random_ids(batch=2, length=19)
+    assert torch.equal(greedy(model, ids, prefill_chunk_size=chunk), greedy(model, ids))
+
+
+@every_kind
+def test_beams_are_those_of_the_unpatched_model(kind):
+    model, ids = model_of(kind), random_ids(batch=2, length=14)
+    expected = greedy(model, ids, num_beams=3, num_return_sequences=2)
+    assert torch.equal(greedy(patch_model(model, None), ids, num_beams=3, num_return_sequences=2), expected)
+
+
+@every_kind
+def test_eager_is_sdpa(kind):
+    model, ids = model_of(kind), random_ids(batch=2, length=21)
+    other = copy.deepcopy(model)
+    other.set_attn_implementation("eager")
+    close(logits(other, ids, use_cache=False), logits(model, ids, use_cache=False))
+    assert torch.equal(greedy(other, ids), greedy(model, ids))
+
+
+@pytest.mark.parametrize("method", ["unpatched", "none"])
+def test_windows_by_blocks_are_those_of_the_mask(method):
+    model = patched_or_not("window", method)
+    eager = model_of("window")
+    eager.set_attn_implementation("eager")
+    for length in (8, 9, 16, 17, 37):
+        ids = random_ids(batch=2, length=length)
+        for kwargs in ({}, {"use_cache": False}):
+            close(logits(model, ids, **kwargs), logits(eager, ids, use_cache=False))
+        # a second chunk longer than the window, after a first one
+        chunks = greedy(model, ids, tokens=4, prefill_chunk_size=11)
+        assert torch.equal(chunks, greedy(eager, ids, tokens=4))
+
+
+# early exit
+
+
+@pytest.fixture
+def positions():
+    """Counts the positions that modules process."""
+    seen = {}
+
+    def count(module):
+        seen[module] = 0
+        module.register_forward_hook(
+            lambda module, args, output: seen.__setitem__(module, seen[module] + output.shape[1])
+        )
+
+    return seen, count
+
+
+@every_kind
+@pytest.mark.parametrize("method", ["unpatched", "none", "turboquant"])
+def test_early_exit_is_exact_and_skips_the_upper_layers(kind, method, positions):
+    seen, count = positions
+    model = patched_or_not(kind, method)
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (21, 9)])
+    below = model.config.num_self_decoder_layers
+    for layer in model.model.layers:
+        count(layer.mlp)
+    exact = logits(model, ids, attention_mask=mask, logits_to_keep=1)
+    ran = [seen[layer.mlp] for layer in model.model.layers]
+    assert ran == [21] * below + [1] * (len(ran) - below)
+    model.config.early_exit = False
+    close(logits(model, ids, attention_mask=mask, logits_to_keep=1), exact)
+    assert [seen[layer.mlp] for layer in model.model.layers] == [42] * below + [22] * (len(ran) - below)
+    model.config.early_exit = True
+    assert logits(model, ids, attention_mask=mask).shape[1] == 21
+
+
+@every_kind
+def test_generated_tokens_do_not_depend_on_early_exit(kind):
+    model, ids = model_of(kind), random_ids(batch=2, length=17)
+    expected = greedy(model, ids)
+    model.config.early_exit = False
+    assert torch.equal(greedy(model, ids), expected)
+    patch_model(model, "snapkv", budget=12, window=4)
+    expected = greedy(model, ids)
+    model.config.early_exit = True
+    # snapkv looks at the last queries of every reader, so the upper layers run for these
+    assert torch.equal(greedy(model, ids), expected)
+
+
+def test_hidden_states_are_of_all_positions():
+    model, ids = model_of("retention"), random_ids(length=9)
+    found = model(ids, logits_to_keep=1, output_hidden_states=True).hidden_states
+    assert all(hidden.shape[1] == 9 for hidden in found)
+
+
+# the cache
+
+
+SIZES = [(4, None, 2), (6, 2, 6), (6, 4, 1), (2, None, 3)]
+
+
+@every_kind
+@pytest.mark.parametrize(("layers", "below", "kv_heads"), SIZES)
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_bytes_are_the_papers_arithmetic(kind, layers, below, kv_heads, tokens):
+    model = model_of(kind, num_hidden_layers=layers, num_self_decoder_layers=below, num_key_value_heads=kv_heads)
+    below = below or layers // 2
+    patch_model(model, None)
+    cache = new_cache(model)
+    logits(model, random_ids(batch=3, length=tokens), past_key_values=cache)
+    heads, dim, size = 6, 8, 4
+    per_token = 2 * kv_heads * dim * size
+    # a window of C holds the C - 1 tokens that the next one can see beside itself, one fewer than the paper's buffer
+    state = heads * dim**2 * size if kind == "retention" else 2 * heads * dim * size * min(tokens, 8 - 1)
+    assert live_bytes(cache) == report(cache).bytes == 3 * (tokens * per_token + below * state)
+
+
+def test_the_3b_model_has_the_published_bytes():
+    config = YocoConfig()
+    assert config.kv_bytes_per_token == 4096
+    assert 26 * config.kv_bytes_per_token == 106_496
+    assert config.state_bytes == 13 * 24 * 128**2 * 2
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("turboquant", {}),
+        ("offload", {}),
+        ("h2o", {"budget": 10}),
+        ("adakv+criticalkv+turboquant", {"budget": 10, "window": 4}),
+        ("kvzip", {"budget": 0.5, "instructions": ((3, 4), (5, 6))}),
+    ],
+)
+def test_methods_compose(kind, method, options):
+    model = patch_model(model_of(kind), method, **options)
+    rows = [random_ids(length=length, seed=length)[0] for length in (23, 18)]
+    ids, mask = left_pad(rows)
+    batch = greedy(model, ids, attention_mask=mask, tokens=6)
+    for index, row in enumerate(rows):
+        assert torch.equal(greedy(model, row[None], tokens=6)[0], batch[index])
+
+
+def test_eviction_takes_bytes_of_the_shared_kv():
+    sizes = []
+    for method, options in ((None, {}), ("snapkv", {"budget": 0.25, "window": 4})):
+        model = patch_model(model_of("retention"), method, **options)
+        with torch.no_grad():
+            sizes.append(report(model(random_ids(length=40)).past_key_values).layers[2].bytes)
+    assert sizes[1] < 0.35 * sizes[0]
+
+
+@every_kind
+def test_saved_cache_continues(kind, tmp_path):
+    from hf_kvcache import load_cache
+
+    model, ids = patch_model(model_of(kind), None), random_ids(batch=2, length=15)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        cache.save(tmp_path / "cache.safetensors")
+        again = load_cache(model, tmp_path / "cache.safetensors")
+        copied = copy.deepcopy(cache)
+    expected = greedy_by_forward(model, ids[:, -1:], cache=cache)
+    assert torch.equal(greedy_by_forward(model, ids[:, -1:], cache=again), expected)
+    assert torch.equal(greedy_by_forward(model, ids[:, -1:], cache=copied), expected)
+
+
+# training, saving, loading
+
+
+@every_kind
+def test_gradients_reach_every_weight_also_with_checkpointing(kind):
+    ids, found = random_ids(batch=2, length=19), []
+    for checkpointing in (False, True):
+        for method in ("unpatched", "none"):
+            model = patched_or_not(kind, method).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model(ids, labels=ids).loss.backward()
+            found.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, grad in found[0].items():
+        assert grad is not None and bool(grad.abs().sum() > 0), name
+        for other in found[1:]:
+            torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@every_kind
+def test_saved_and_loaded_by_the_auto_classes(kind, tmp_path):
+    model, ids = model_of(kind), random_ids(batch=2, length=12)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is YocoForCausalLM and isinstance(AutoConfig.from_pretrained(tmp_path), YocoConfig)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_tied_weights_and_the_bare_decoder_are_loaded(tmp_path):
+    model, ids = model_of("retention", tie_word_embeddings=True), random_ids(length=12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), ids), logits(model, ids))
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path)(ids).last_hidden_state
+        assert torch.equal(found, model.model(ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_initialisation_is_the_authors():
+    model = YocoForCausalLM(YocoConfig(**small(hidden_size=256, head_dim=64)))
+    attention = model.model.layers[0].self_attn
+    # Xavier with gain g: variance 2 g^2 / (in + out)
+    assert float(attention.q_proj.weight.std()) == pytest.approx(2**-2.5 / 256**0.5, rel=0.05)
+    assert float(attention.o_proj.weight.std()) == pytest.approx(2**-1 / 256**0.5, rel=0.05)
+    assert float(model.model.embed_tokens.weight.std()) == pytest.approx(256**-0.5, rel=0.05)
+
+
+class Texts(torch.utils.data.Dataset):
+    def __init__(self, labels: bool) -> None:
+        self.names = ("input_ids", "labels") if labels else ("input_ids",)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return dict.fromkeys(self.names, random_ids(length=12, seed=index)[0])
+
+
+def trained(model, folder, labels=True, **options):
+    arguments = TrainingArguments(
+        folder, max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_steps=1, **options
+    )
+    trainer = Trainer(model, arguments, train_dataset=Texts(labels))
+    trainer.train()
+    return trainer
+
+
+def test_the_trainer_trains_it_and_checkpoints(tmp_path):
+    model = model_of("retention")
+    before = copy.deepcopy(model.state_dict())
+    trained(model, tmp_path)
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+# bad input
+
+
+def small(**changes):
+    return {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        **changes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 5}, "odd.*num_self_decoder_layers"),
+        ({"num_self_decoder_layers": 0}, "between 1 and 3"),
+        ({"num_self_decoder_layers": 4}, "between 1 and 3"),
+        ({"self_decoder": "mamba"}, "retention, window"),
+        ({"self_decoder": "window", "sliding_window": 129}, "longer than the context"),
+        ({"self_decoder": "window", "sliding_window": 1}, "at least 2"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ({"hidden_size": 50}, "give head_dim"),
+    ],
+)
+def test_impossible_configurations_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        YocoConfig(**small(**changes))
+
+
+def test_odd_depth_is_possible_when_said_how():
+    config = YocoConfig(**small(num_hidden_layers=5, num_self_decoder_layers=3))
+    assert config.source_layers == (0, 1, 2, 3, 3)
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path):
+    model_of("retention").save_pretrained(tmp_path)
+    other = model_of("window").config
+    with pytest.raises(ValueError, match="weights are of another configuration than self_decoder='window'"):
+        YocoForCausalLM.from_pretrained(tmp_path, config=other)
+    with pytest.raises(RuntimeError, match="decay_proj"):
+        model_of("window").load_state_dict(model_of("retention").state_dict())
+
+
+def test_training_without_labels_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="did not return a loss"):
+        trained(model_of("retention"), tmp_path, labels=False)
+
+
+def test_a_state_cannot_be_rolled_back():
+    model, ids = model_of("retention"), random_ids(length=10)
+    with pytest.raises(ValueError, match="stateful"):
+        greedy(model, ids, prompt_lookup_num_tokens=3)
+    cache = new_cache(patch_model(model, None))
+    logits(model, ids, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot forget"):
+        cache.crop(-2)
+    with pytest.raises(NotImplementedError, match="assisted decoding"):
+        cache.activate_past_recording()
+
+
+def test_windows_take_drafts_back():
+    model, ids = patch_model(model_of("window"), None), random_ids(length=10).repeat(1, 2)
+    assert torch.equal(greedy(model, ids, prompt_lookup_num_tokens=3), greedy(model, ids))
+
+
+def test_what_the_architecture_shares_no_method_shares_again():
+    for method in (KVSharer(plan=SharingPlan.identity(4)), Yoco(split=3)):
+        with pytest.raises(ValueError, match="the model's own architecture"):
+            patch_model(model_of("retention"), method)
+
+
+def test_masks_of_other_shapes_are_refused():
+    ids = random_ids(length=6)
+    with pytest.raises(NotImplementedError, match="mask of padding"):
+        model_of("retention")(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+
+
+def test_ids_or_embeddings():
+    model, ids = model_of("retention"), random_ids(length=6)
+    embedded = model.get_input_embeddings()(ids)
+    close(logits(model, None, inputs_embeds=embedded), logits(model, ids))
+    with pytest.raises(ValueError, match="exactly one"):
+        model(ids, inputs_embeds=embedded)
+
+
+def test_cross_layers_own_no_key_and_value():
+    model = model_of("retention")
+    for layer in model.model.layers[2:]:
+        names = {name for name, module in layer.self_attn.named_modules() if isinstance(module, nn.Linear)}
+        assert names == {"q_proj", "o_proj"}

@@ -1,0 +1,178 @@
+"""Tuning: the prices are those of real changes, the solution is the cheapest, and a plan is verified."""
+
+import itertools
+from operator import attrgetter
+
+import pytest
+import torch
+
+from hf_kvcache import new_cache, patch_model, unpatch_model
+from hf_kvcache.patches.adapters import find_adapter
+from hf_kvcache.planning import Costs, Tuner, measure_costs, solve
+from hf_kvcache.planning.gradients import output_gradients, output_projections
+from hf_kvcache.planning.solve import sizes
+from hf_kvcache.planning.windows import Question, Window, windows
+from hf_kvcache.testing import FAMILIES, random_ids, tiny_model
+
+
+class Letters:
+    """One token a character."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(letter) % 96 + 1 for letter in text]}
+
+
+def window(context: int = 64, seed: int = 0) -> Window:
+    ids = random_ids(1, context + 40, seed)
+    return Window(ids[:, :context], (Question(ids[:, context:], 0), Question(ids[:, 10:40], 5)))
+
+
+@torch.no_grad()
+def divergence(model, window: Window, question: Question, layer: int, change: torch.Tensor) -> float:
+    """KL after `change` is added to what goes into the output projection of a layer, nats a token."""
+    projection = output_projections(model, find_adapter(model))[layer]
+
+    def predicted(hook=None):
+        cache = model(window.context, use_cache=True).past_key_values
+        handle = projection.register_forward_pre_hook(hook) if hook else None
+        logits = model(question.ids[:, :-1], past_key_values=cache).logits[0, question.first :]
+        if handle:
+            handle.remove()
+        return logits.double().log_softmax(-1)
+
+    full, other = predicted(), predicted(lambda module, args: (args[0] + change,))
+    return float((full.exp() * (full - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("asked", [0, 1])
+def test_sampled_gradients_price_a_small_change(layer, asked):
+    model, one = tiny_model("llama"), window()
+    question = one.questions[asked]
+    cache = model(one.context, use_cache=True).past_key_values
+    projections = output_projections(model, find_adapter(model))
+    grads = output_gradients(model, projections, cache, question.ids, 64, question.first, draws=600, seed=0)
+    change = 0.003 * torch.randn(grads[layer].shape[1:], generator=torch.Generator().manual_seed(1))
+    priced = float((grads[layer] * change).sum((1, 2)).square().mean() / 2)
+    real = divergence(model, one, question, layer, change) * (question.ids.shape[1] - 1 - question.first)
+    # 600 squares of a normal number are known to 6%
+    assert priced == pytest.approx(real, rel=0.25)
+
+
+def test_the_model_is_as_before():
+    model, one = tiny_model("llama"), window()
+    before = model(one.context).logits
+    measure_costs(model, Letters(), [one], "knorm", draws=2, kept=(1.0, 0.5), widths=((8, 8), (2, 2)))
+    assert torch.equal(model(one.context).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_prices_follow_what_is_lost():
+    costs = measure_costs(
+        tiny_model("llama"),
+        Letters(),
+        [window(), window(seed=1)],
+        "knorm",
+        8,
+        (1.0, 0.5, 0.1),
+        ((8, 8), (4, 4), (2, 2)),
+    )
+    assert costs.loss.shape == (4, 3, 3, 2)
+    assert bool((costs.loss.diff(dim=2) >= 0).all()), "more dropped, more lost"
+    by_width = costs.loss[:, :, 0].sum((0, 2))
+    assert by_width[0] < by_width[1] < by_width[2]
+    assert bool((costs.entry_bytes.diff(dim=1) < 0).all())
+    assert costs.full_bytes.tolist() == [2 * (8 + 8)] * 4
+
+
+def has_full_attention(model) -> bool:
+    found = bool(new_cache(patch_model(model)).spec.evicting)
+    unpatch_model(model)
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_measured(family):
+    model = tiny_model(family)
+    widths = ((8, 8), (4, 4))
+    if not has_full_attention(model):
+        with pytest.raises(ValueError, match="sliding window"):
+            measure_costs(model, Letters(), [window()], "knorm", draws=1, kept=(1.0, 0.5), widths=widths)
+        return
+    costs = measure_costs(model, Letters(), [window()], "knorm", draws=1, kept=(1.0, 0.5), widths=widths)
+    assert len(costs.layers) == costs.loss.shape[0] and bool(costs.loss.isfinite().all())
+    assert bool((costs.loss[:, 0, 1] > 0).any())
+
+
+def random_costs(layers: int = 2, heads: int = 2, seed: int = 0) -> Costs:
+    generator = torch.Generator().manual_seed(seed)
+    kept, widths = (1.0, 0.6, 0.3), ((8, 8), (4, 4))
+    loss = torch.rand(layers, 2, 3, heads, generator=generator).cumsum(2).cumsum(1)
+    entry = torch.tensor([[132.0, 68.0]]).expand(layers, 2)
+    return Costs(kept, widths, loss, entry, torch.full((layers,), 256.0), tuple(range(layers)), "knorm", layers)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ratio", [2.5, 4.0, 7.0])
+def test_no_plan_on_the_lower_hull_is_cheaper(seed, ratio):
+    costs = random_costs(seed=seed)
+    plan, expected = solve(costs, ratio)
+    size, allowed = sizes(costs), 256 * 4 / ratio
+
+    def weigh(width, kept) -> tuple[float, float]:
+        chosen = [(layer, width[layer], kept[2 * layer + head], head) for layer in (0, 1) for head in (0, 1)]
+        held = sum(float(size[layer, w, k]) for layer, w, k, _ in chosen)
+        return held, sum(float(costs.loss[layer, w, k, head]) for layer, w, k, head in chosen)
+
+    width = [costs.widths.index(tuple(pair)) for pair in plan.bits.tolist()]
+    kept = [min(range(3), key=lambda place: abs(costs.kept[place] - share)) for share in plan.kept.flatten().tolist()]
+    held, lost = weigh(width, kept)
+    assert held <= allowed * 1.0001 and lost == pytest.approx(expected, rel=1e-5)
+    every = [
+        weigh(widths, shares)
+        for widths in itertools.product(range(2), repeat=2)
+        for shares in itertools.product(range(3), repeat=4)
+    ]
+    # Lagrange finds the best of the bytes that it uses; what it leaves over is at most one step
+    assert lost <= min(other for bytes_, other in every if bytes_ <= held * 0.999 + 1e-9) + 1e-6
+
+
+def test_what_is_out_of_reach_is_refused():
+    with pytest.raises(ValueError, match="ask for less"):
+        solve(random_costs(), 40.0)
+
+
+def test_a_plan_is_measured_solved_and_verified():
+    model = tiny_model("llama")
+    text = "".join(chr(33 + (index * index + 3 * index) % 90) for index in range(9000))
+    tuner = Tuner(model, Letters(), [text], scorer="knorm", samples=4, length=256, draws=4)
+    assert len(tuner.measured) == 4 and len(tuner.held) == 2
+    found = tuner.tune(6)
+    assert found.verified.ratio == pytest.approx(6, rel=0.05)
+    assert found.plan.settings["target_ratio"] == "6" and found.plan.fingerprint == tuner.fingerprint
+    assert found.verified.loss < found.uniform.loss
+    # the sum of the prices is of the size of what is really lost
+    assert 0.3 < found.expected / found.verified.loss < 3
+    patch_model(model, plan=found.plan)
+
+
+def test_a_patched_model_is_not_measured():
+    with pytest.raises(ValueError, match="untouched model"):
+        Tuner(patch_model(tiny_model("llama")), Letters(), ["x" * 9000])
+
+
+@pytest.mark.parametrize("name", ["samples", "length", "draws"])
+def test_counts_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be a positive int"):
+        Tuner(tiny_model("llama"), Letters(), ["x" * 9000], **{name: 0})
+
+
+def test_windows_do_not_repeat_and_quote_what_they_hold():
+    found = windows(tiny_model("llama"), Letters(), ["".join(chr(33 + i % 89) for i in range(5000))], 5, 300, 20)
+    for one in found:
+        quoted = one.questions[1].ids[0, 2:].tolist()
+        context = one.context[0].tolist()
+        assert any(context[start : start + len(quoted)] == quoted for start in range(len(context)))
+        assert one.questions[1].first == 18 and one.questions[0].ids.shape == (1, 20)
+    assert attrgetter("context.shape")(found[0]) == (1, 300)

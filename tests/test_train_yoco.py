@@ -1,0 +1,114 @@
+"""The training example, on tiny models: distillation in stages that resumes, the comparison, and its table."""
+
+import copy
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hf_kvcache.models  # noqa: F401 - reads converted models
+from hf_kvcache import convert
+from hf_kvcache.testing import random_ids, tiny_model
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import yoco_distill
+import yoco_from_scratch
+import yoco_models
+from yoco_report import write_comparison
+
+TINY = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize("stage", ["projections", "upper", "all"])
+def test_a_stage_trains_what_it_says(stage):
+    model = convert(tiny_model("llama"), "yoco++", split=0.5, init="reuse")
+    yoco_distill.train_only(model, stage)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    shared = {f"model.layers.1.self_attn.{name}_proj.weight" for name in "kv"}
+    queries = {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (2, 3)}
+    unused = {f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (2, 3) for name in "kv"}
+    upper = {name for name, _ in model.named_parameters() if name.startswith(("model.layers.2", "model.layers.3"))}
+    everything = {name for name, _ in model.named_parameters()}
+    wanted = {"projections": shared | queries, "upper": shared | upper - unused, "all": everything - unused}
+    assert trained == wanted[stage]
+
+
+def test_distillation_brings_the_student_nearer_and_resumes(tmp_path):
+    teacher = tiny_model("llama")
+    ids = random_ids(length=4000)[0]
+
+    def distance(model):
+        rows = random_ids(batch=4, length=24, seed=5)
+        with torch.no_grad():
+            wanted, found = (some.eval()(rows, use_cache=False).logits.log_softmax(-1) for some in (teacher, model))
+        return float((wanted.exp() * (wanted - found)).sum(-1).mean())
+
+    def run():
+        student = convert(copy.deepcopy(teacher), "yoco++", split=0.5, init="reuse")
+        before = distance(student)
+        yoco_distill.distill(student, teacher, ids, {"projections": 600, "all": 600}, tmp_path, length=24, batch=4)
+        return student, before
+
+    student, before = run()
+    # the student itself still computes in bfloat16, as accelerate left it
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert distance(loaded) < before
+    for name, weight in loaded.state_dict().items():
+        assert torch.equal(weight, student.state_dict()[name])
+    # everything is done already, so that a second run only reads it
+    again, _ = run()
+    for name, weight in again.state_dict().items():
+        torch.testing.assert_close(weight, student.state_dict()[name])
+
+
+@pytest.mark.parametrize("name", [*yoco_models.MODELS, yoco_models.CONTROL])
+def test_models_are_of_one_size(name):
+    plain = yoco_models.count(yoco_models.build("transformer", TINY, 8, seed=0))
+    model = yoco_models.build(name, TINY, 8, seed=0, parameters=plain)
+    assert yoco_models.count(model) == pytest.approx(plain, rel=0.02)
+    again = yoco_models.build(name, TINY, 8, seed=0, parameters=plain)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_recall_asks_for_what_the_context_says():
+    ids, labels = yoco_from_scratch.recall_batch(5, seed=0)
+    asked = (labels != -100).nonzero().tolist()
+    assert len(asked) == 5 * yoco_from_scratch.QUERIES
+    for row, column in asked:
+        pairs = dict(ids[row, : 2 * yoco_from_scratch.PAIRS].view(-1, 2).tolist())
+        assert pairs[int(ids[row, column - 1])] == int(labels[row, column])
+    # what the control can see at most: four layers of windows
+    assert yoco_from_scratch.GAP > 4 * (yoco_from_scratch.RECALL_WINDOW - 1)
+
+
+@pytest.mark.slow
+def test_comparison_runs_once_and_writes_a_table(tmp_path):
+    texts = []
+    for index in range(3):
+        texts.append(tmp_path / f"text{index}.txt")
+        texts[-1].write_text(" ".join(f"word{(7 * index + step * step) % 31}" for step in range(900)))
+    budget = yoco_from_scratch.Budget(
+        tokens=96, recall_steps=1, width=32, layers=4, mlp=48, vocabulary=280, length=16, batch=3
+    )
+    runs = yoco_from_scratch.run_all(tmp_path / "out", texts, budget, 2, ["text", "recall"])
+    assert len(runs) == 2 * (5 + 6)
+    write_comparison(tmp_path / "out", runs)
+    with (tmp_path / "out" / "comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows if row["task"] == "text"] == list(yoco_models.MODELS)
+    assert all(float(row["loss_low"]) <= float(row["loss"]) <= float(row["loss_high"]) for row in rows[:5])
+    again = yoco_from_scratch.run_all(tmp_path / "out", texts, budget, 2, ["text", "recall"])
+    assert again == runs
+    with pytest.raises(ValueError, match="another budget"):
+        yoco_from_scratch.run_all(tmp_path / "out", texts, yoco_from_scratch.Budget(), 2, ["text"])
