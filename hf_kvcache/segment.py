@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.codecs import CODECS, Codec, Payload
-from hf_kvcache.codecs.codec import RaggedCodec
+from hf_kvcache.codecs.codec import GatheringCodec, RaggedCodec
 from hf_kvcache.kernels.library import uses_triton
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layout import Layout
@@ -99,7 +99,10 @@ class Segment:
             kept = kept[layout.order.to(kept.device)].to(key.device)
             row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
             owners = row * heads + head
-            held = codec.encode(key[row, head, column], value[row, head, column], owners, model)
+            if isinstance(codec, GatheringCodec) and uses_triton(key):
+                held = codec.encode_chosen(key, value, kept, owners, model)
+            else:
+                held = codec.encode(key[row, head, column], value[row, head, column], owners, model)
             held[POSITIONS] = (column + start).to(torch.int32)
             held |= {name: tensor[row, head, column] for name, tensor in carried.items()}
         rows = tuple(row // copies for row in range(batch))

@@ -120,6 +120,24 @@ class RaggedCodec(Codec, Protocol):
         ...
 
 
+@runtime_checkable
+class GatheringCodec(Codec, Protocol):
+    """A codec with a kernel that reads the entries to encode from where they are (see `kernels/encode_entries.py`)."""
+
+    def encode_chosen(
+        self, key: Tensor, value: Tensor, index: Tensor, owners: Tensor, like: Payload | None = None
+    ) -> Payload:
+        """As `encode` of the chosen entries.
+
+        Args:
+            key, value: `[B, H, T, D]`.
+            index: `[N]`, the entries b H T + h T + t, in the order of the segment's layout.
+            owners: `[N]`, b H + h of each.
+            like: see `encode`.
+        """
+        ...
+
+
 def one_reader(query: Tensor, heads: int, tokens: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The query `[R, heads, M, D]` of `Codec.attend` and its mask `[R, heads, M, tokens]`, for a codec that reads every
     part once: several heads that read the same part become further rows of one."""

@@ -15,7 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_kvcache.kernels import ragged_attention
-from hf_kvcache.kernels.triton_ops.codes import numbers, slot_factor, slot_middle, slot_step, slots
+from hf_kvcache.kernels.triton_ops.codes import (
+    assembly,
+    numbers,
+    packed_book,
+    slot_factor,
+    slot_middle,
+    slot_step,
+    slots,
+)
 from hf_kvcache.kernels.triton_ops.launch import INTERPRETED, LOG2E, columns_for, cut, known, power_of_two, tanh_capped
 from hf_kvcache.kernels.triton_ops.merge_states import join_stretches
 
@@ -23,6 +31,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
 EDGE = tl.constexpr(16)
 TILE = tl.constexpr(ragged_attention.TILE)
+# the interpreter cannot run it
+ASSEMBLY = not INTERPRETED
 
 
 @triton.jit
@@ -65,11 +75,11 @@ def _words(
 
 @triton.jit
 def _tile(
-    state, base, low, high, query, offset, factor, shift, cap, key_a, key_b, value_a, value_b,
+    state, base, low, high, query, offset, factor, shift, cap,
     KW, KT, KS, VW, VT, VS,
     DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WIDE: tl.constexpr,
-    VALUE_WIDE: tl.constexpr, KEY_CUBIC: tl.constexpr, VALUE_CUBIC: tl.constexpr, SHIFT: tl.constexpr,
-    CAP: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr, ASM: tl.constexpr,
+    VALUE_WIDE: tl.constexpr, KEY_BOOK: tl.constexpr, VALUE_BOOK: tl.constexpr, SHIFT: tl.constexpr,
+    CAP: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr, KEY_ASM: tl.constexpr, VALUE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Attends to entries base to base + N; with EDGE only to rows low to high of them."""
     highest, total, owed, largest, sums = state
@@ -82,7 +92,7 @@ def _tile(
         key_scale = tl.load(KS + base + rows).to(tl.float32)
         value_scale = tl.load(VS + base + rows).to(tl.float32)
     words, tops = _words(KW, KT, base, low, high, KEY_BITS, DIM, KEY_WIDE, N, EDGE)
-    keys = numbers(words, tops, key_a, key_b, KEY_BITS, KEY_CUBIC, ASM)
+    keys = numbers(words, tops, KEY_BITS, KEY_BOOK, KEY_ASM)
     scores = tl.dot(keys[0], query[0])
     for j in tl.static_range(1, slots(KEY_BITS)):
         scores = tl.dot(keys[j], query[j], scores)
@@ -101,10 +111,10 @@ def _tile(
     larger = tl.maximum(largest, tl.max(tl.abs(value_scale), 0))
     weights = (weights * (value_scale * (1 / larger))[:, None]).to(tl.float16)
     fade *= largest / larger
-    if not VALUE_CUBIC:
+    if not VALUE_BOOK:
         owed = owed * fade + tl.sum(weights.to(tl.float32), 0)
     words, tops = _words(VW, VT, base, low, high, VALUE_BITS, DIM, VALUE_WIDE, N, EDGE)
-    values = numbers(words, tops, value_a, value_b, VALUE_BITS, VALUE_CUBIC, ASM)
+    values = numbers(words, tops, VALUE_BITS, VALUE_BOOK, VALUE_ASM)
     across = tl.trans(weights)
     added = ()
     for j in tl.static_range(slots(VALUE_BITS)):
@@ -115,10 +125,11 @@ def _tile(
 @triton.jit
 def code_attention_kernel(
     Q, BIAS, KW, KT, KS, VW, VT, VS, WORK, OUT, LSE, tokens, splits, per, queries,
-    scale, cap, key_a, key_b, value_a, value_b,
+    scale, cap, key_a, value_a,
     DIM: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WIDE: tl.constexpr,
-    VALUE_WIDE: tl.constexpr, KEY_CUBIC: tl.constexpr, VALUE_CUBIC: tl.constexpr, SHIFT: tl.constexpr,
-    CAP: tl.constexpr, RAGGED: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, ASM: tl.constexpr,
+    VALUE_WIDE: tl.constexpr, KEY_BOOK: tl.constexpr, VALUE_BOOK: tl.constexpr, SHIFT: tl.constexpr,
+    CAP: tl.constexpr, RAGGED: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr, KEY_ASM: tl.constexpr,
+    VALUE_ASM: tl.constexpr,
 ):  # fmt: skip
     """One stretch of entries and COLUMNS query rows.
 
@@ -155,14 +166,14 @@ def code_attention_kernel(
     offset = tl.zeros([COLUMNS], tl.float32)
     for j in tl.static_range(SLOTS):
         part = exact[j] * (1 / reach)
-        if KEY_CUBIC:
+        if KEY_BOOK:
             part = part.to(tl.float16)
         else:
             part = (part * slot_step(j, KEY_BITS)).to(tl.float16)
             offset += tl.sum(part.to(tl.float32), 0) * (slot_middle(j, KEY_BITS) * slot_factor(j, KEY_BITS))
         query = query + (part,)
     factor = reach * scale
-    if not KEY_CUBIC:
+    if not KEY_BOOK:
         factor *= key_a
     shift = offset
     if SHIFT:
@@ -174,9 +185,6 @@ def code_attention_kernel(
     for _ in tl.static_range(V_SLOTS):
         sums = sums + (tl.zeros([COLUMNS, VALUE_WIDE], tl.float32),)
     state = (tl.full([COLUMNS], LOWEST, tl.float32), zero, zero, 1e-30, sums)
-    nothing = tl.full([], 0, tl.float32)
-    ka, kb = (nothing + key_a).to(tl.float16), (nothing + key_b).to(tl.float16)
-    va, vb = (nothing + value_a).to(tl.float16), (nothing + value_b).to(tl.float16)
 
     # whole tiles, which need no mask, from the first boundary on
     full = tl.multiple_of((first + N - 1) // N * N, N)
@@ -184,8 +192,9 @@ def code_attention_kernel(
     for i in range(0, count):
         base = tl.multiple_of(full + i * N, N)
         state = _tile(
-            state, base, 0, N, query, offset, factor, shift, cap, ka, kb, va, vb, KW, KT, KS, VW, VT, VS,
-            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_CUBIC, VALUE_CUBIC, SHIFT, CAP, N, False, ASM,
+            state, base, 0, N, query, offset, factor, shift, cap, KW, KT, KS, VW, VT, VS,
+            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_BOOK, VALUE_BOOK, SHIFT, CAP, N, False,
+            KEY_ASM, VALUE_ASM,
         )  # fmt: skip
     # then what is before and behind them, EDGE entries at a time and masked
     behind = full + count * N
@@ -194,22 +203,23 @@ def code_attention_kernel(
     for i in range(0, ahead + rest):
         base = tl.multiple_of(tl.where(i < ahead, full - (ahead - i) * EDGE, behind + (i - ahead) * EDGE), EDGE)
         state = _tile(
-            state, base, first - base, end - base, query, offset, factor, shift, cap, ka, kb, va, vb,
+            state, base, first - base, end - base, query, offset, factor, shift, cap,
             KW, KT, KS, VW, VT, VS,
-            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_CUBIC, VALUE_CUBIC, SHIFT, CAP, EDGE, True, ASM,
+            DIM, KEY_BITS, VALUE_BITS, KEY_WIDE, VALUE_WIDE, KEY_BOOK, VALUE_BOOK, SHIFT, CAP, EDGE,
+            True, KEY_ASM, VALUE_ASM,
         )  # fmt: skip
 
     highest, total, owed, largest, sums = state
     # an empty stretch has the total 0, the result 0 and the log-sum-exp -inf
     unit = largest / tl.maximum(total, 1e-30)
-    if not VALUE_CUBIC:
+    if not VALUE_BOOK:
         unit *= value_a
     word = tl.arange(0, VALUE_WIDE)
     target = OUT + (stretch.to(tl.int64) * queries + column[:, None]) * DIM + word[None, :] * V_SLOTS
     inside = real[:, None] & (word < DIM // V_SLOTS)[None, :]
     for j in tl.static_range(V_SLOTS):
         result = sums[j]
-        if not VALUE_CUBIC:
+        if not VALUE_BOOK:
             result = result * slot_step(j, VALUE_BITS) - owed[:, None] * slot_middle(j, VALUE_BITS)
         tl.store(target + j, result * unit[:, None], mask=inside)
     lse = tl.where(total > 0, (highest + tl.log2(tl.maximum(total, 1e-30))) * LN2, float("-inf"))
@@ -227,6 +237,7 @@ def launch(
     key_book, value_book = codebook(key[2]), codebook(value[2])
     assert key_book is not None and value_book is not None
     (key_bits, key_a, key_b), (value_bits, value_a, value_b) = key_book, value_book
+    books = packed_book(key_a, key_b), packed_book(value_a, value_b)
     if work is None:
         tokens = len(key[0]) // runs
         splits, per = cut(runs, tokens, queries, query.device)
@@ -242,8 +253,8 @@ def launch(
         code_attention_kernel[(stretches, triton.cdiv(queries, columns))](
             exact, shift, key[0].view(torch.uint16), key[0], key[1], value[0].view(torch.uint16), value[0], value[1],
             exact if work is None else work, out, lse, tokens, splits, per, queries, scale * LOG2E, softcap * LOG2E,
-            key_a, key_b, value_a, value_b, SHIFT=bias is not None, CAP=softcap > 0, RAGGED=work is not None,
-            ASM=not INTERPRETED, **configuration(dim, columns, key_bits, key_b != 0, value_bits, value_b != 0),
+            key_a, value_a, SHIFT=bias is not None, CAP=softcap > 0, RAGGED=work is not None,
+            **configuration(dim, columns, key_bits, books[0], value_bits, books[1]),
         )  # fmt: skip
     if not final:
         out, lse = join_stretches(out, lse, parts, splits, runs, query.dtype)
@@ -251,12 +262,12 @@ def launch(
 
 
 def configuration(
-    dim: int, columns: int, key_bits: int, key_cubic: bool, value_bits: int, value_cubic: bool
+    dim: int, columns: int, key_bits: int, key_book: int, value_bits: int, value_book: int
 ) -> dict[str, Any]:
     """What the kernel is compiled for, by head dimension, query rows and codebooks: the tile holds as many entries as
     the registers of one warp do decoded."""
     if power_of_two(dim) <= 128 and columns <= 8:
-        tile = 128 if key_bits == value_bits == 2 and not (key_cubic or value_cubic) else 64
+        tile = 128 if key_bits == value_bits == 2 and not (key_book or value_book) else 64
     else:
         tile = 32
     return {
@@ -265,8 +276,10 @@ def configuration(
         "VALUE_BITS": value_bits,
         "KEY_WIDE": power_of_two(dim // slots(key_bits), 16),
         "VALUE_WIDE": power_of_two(dim // slots(value_bits), 16),
-        "KEY_CUBIC": key_cubic,
-        "VALUE_CUBIC": value_cubic,
+        "KEY_BOOK": key_book,
+        "VALUE_BOOK": value_book,
+        "KEY_ASM": assembly(key_bits, key_book) if ASSEMBLY else "",
+        "VALUE_ASM": assembly(value_bits, value_book) if ASSEMBLY else "",
         "COLUMNS": columns,
         "N": tile,
         "num_warps": 1 if columns <= 16 else 4,
