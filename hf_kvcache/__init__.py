@@ -12,6 +12,7 @@ if not _os.path.isdir(_os.path.join(__path__[0], "kernels")) and _os.path.isfile
     __path__.append(_root)
 
 from hf_kvcache.api import (  # noqa: E402
+    compile_decode,
     compress,
     convert,
     find_plan,
@@ -92,6 +93,7 @@ __all__ = [
     "StreamingLLM",
     "Yoco",
     "YocoPlusPlus",
+    "compile_decode",
     "compress",
     "convert",
     "find_plan",

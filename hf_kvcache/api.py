@@ -19,6 +19,7 @@ from hf_kvcache.patches.adapter import home
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.patches.compiled import CompiledDecode
 from hf_kvcache.patches.early_exit import POSITIONS
 from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
@@ -128,6 +129,35 @@ def unpatched_fingerprint(model: nn.Module) -> str:
 def unpatch_model(model: ModelT) -> ModelT:
     """Makes a patched model what it was before; does nothing to any other. Returns the same model."""
     detach(base_model(model))
+    return model
+
+
+def compile_decode(model: ModelT) -> ModelT:
+    """Makes a patched model decode in steps of a fixed shape, which a GPU replays as CUDA graphs, without launch gaps.
+
+    Everything that brings one token to a filled cache is such a step: `generate`, sampling included, and plain
+    forwards. Prompts, the flushes of a codec, beams and forwards that ask for more than logits run as before. On a CPU
+    nothing is recorded, and the steps are computed one by one. `unpatch_model` and another `patch_model` undo it.
+
+    Args:
+        model: a patched model, on one device.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when the model is not patched.
+        NotImplementedError: where steps cannot have a fixed shape: sliding windows, states, eviction while decoding,
+            offloaded caches, stores of prompts.
+
+    Example:
+        >>> compile_decode(patch_model(model, "adakv+turboquant"))
+        >>> model.generate(**inputs, max_new_tokens=500)
+    """
+    target = base_model(model)
+    attachment = require_attached(target)
+    if attachment.compiled is None:
+        attachment.compiled = CompiledDecode(target, attachment.spec)
     return model
 
 

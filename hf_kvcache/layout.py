@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.kernels.merge_states import merge_partials, merge_states
+from hf_kvcache.kernels.ragged_attention import programs_of, work_list
 
 # the attention over a block costs about as much a token as over a long run from here on
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16
+
+# (work, parts, query [rows, heads, M, D]) -> out, lse, as `kernels/ragged_attention.py` has them
+AttendRuns = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # (first entry, (rows, heads, tokens), query, mask, runs of the query's heads) -> out, lse; as `Codec.attend`
 AttendBlock = Callable[[int, tuple[int, int, int], Tensor, "Tensor | None", Tensor], tuple[Tensor, Tensor]]
@@ -100,7 +104,8 @@ class Layout:
 
     def tensors(self) -> list[Tensor]:
         """The indices kept for attention."""
-        return [tensor for plan in self._plans.values() for tensor in plan.tensors()]
+        plans = [plan.tensors() for plan in self._plans.values()]
+        return [tensor for tensors in (*plans, *self._work.values()) for tensor in tensors]
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The entries as a rectangle whose short runs begin late.
@@ -118,7 +123,11 @@ class Layout:
         return index.view(self.rows, self.heads, longest), valid.view(self.rows, self.heads, longest)
 
     def attend(
-        self, attend_block: AttendBlock, query: Tensor, beside: tuple[Tensor, Tensor] | None = None
+        self,
+        attend_block: AttendBlock,
+        query: Tensor,
+        beside: tuple[Tensor, Tensor] | None = None,
+        attend_runs: AttendRuns | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Partial attention of every run's own queries.
 
@@ -126,6 +135,7 @@ class Layout:
             attend_block: attention over one rectangle of entries.
             query: `[S, H_kv, M, D]`.
             beside: a partial result over other entries, to be joined with; shapes as returned.
+            attend_runs: a kernel for runs of unequal length, where there is one.
 
         Returns:
             out `[S, H_kv, M, D]` and lse `[S, H_kv, M]`; an empty run has out 0 and lse -inf.
@@ -133,6 +143,9 @@ class Layout:
         if self.uniform:
             owners = torch.arange(self.rows * self.heads, device=query.device).view(self.rows, self.heads)
             state = attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
+            return state if beside is None else merge_states(*state, *beside)
+        if attend_runs is not None:
+            state = attend_runs(*self.work(query.device), query)
             return state if beside is None else merge_states(*state, *beside)
         plan = self._plan(query.device)
         parts = []
@@ -153,6 +166,21 @@ class Layout:
         outs, lses = (torch.cat(part) for part in zip(*parts, strict=True))
         out, lse = merge_partials(outs, lses, plan.owned[:, : len(lses)])
         return out.view(query.shape), lse.view(query.shape[:-1])
+
+    def work(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The stretches of all runs, for a kernel that takes runs of unequal length: (work, parts)."""
+        if device not in self._work:
+            full = self.blocks * self.block
+            rest = self.runs - full
+            first = torch.cat([full.cumsum(0) - full, full.sum() + rest.cumsum(0) - rest])
+            run, held = torch.arange(len(self.runs)).repeat(2), torch.cat([full, rest])
+            made = work_list(run, first, first + held, len(self.runs), programs_of(device))
+            self._work[device] = made[0].to(device), made[1].to(device)
+        return self._work[device]
+
+    @cached_property
+    def _work(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
     def _plan(self, device: torch.device) -> _Plan:
         if device not in self._plans:

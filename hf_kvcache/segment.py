@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_kvcache.codecs import CODECS, Codec, Payload
+from hf_kvcache.codecs.codec import GatheringCodec, RaggedCodec
+from hf_kvcache.kernels.library import uses_triton
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.layout import Layout
 from hf_kvcache.stores import Store
@@ -96,7 +99,10 @@ class Segment:
             kept = kept[layout.order.to(kept.device)].to(key.device)
             row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
             owners = row * heads + head
-            held = codec.encode(key[row, head, column], value[row, head, column], owners, model)
+            if isinstance(codec, GatheringCodec) and uses_triton(key):
+                held = codec.encode_chosen(key, value, kept, owners, model)
+            else:
+                held = codec.encode(key[row, head, column], value[row, head, column], owners, model)
             held[POSITIONS] = (column + start).to(torch.int32)
             held |= {name: tensor[row, head, column] for name, tensor in carried.items()}
         rows = tuple(row // copies for row in range(batch))
@@ -142,8 +148,11 @@ class Segment:
         def attend_block(start: int, shape: tuple[int, int, int], part: Tensor, mask: Tensor | None, owners: Tensor):
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
+        by_runs = None
+        if not self.layout.uniform and isinstance(self.codec, RaggedCodec) and uses_triton(query):
+            by_runs = partial(self.codec.attend_runs, payload, scale=scale, softcap=softcap)
         if self.rows == tuple(range(self.layout.rows)):
-            return self.layout.attend(attend_block, query, beside)
+            return self.layout.attend(attend_block, query, beside, by_runs)
         # the batch rows that read one stored row become further rows of its query
         stored = torch.tensor(self.rows, device=query.device)
         place = torch.tensor([self.rows[:row].count(source) for row, source in enumerate(self.rows)])
@@ -151,7 +160,7 @@ class Segment:
         place = place.to(query.device)
         folded = query.new_zeros(self.layout.rows, readers, *query.shape[1:])
         folded[stored, place] = query
-        out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3))
+        out, lse = self.layout.attend(attend_block, folded.transpose(1, 2).flatten(2, 3), attend_runs=by_runs)
         spread = (readers, query.shape[2])
         out, lse = out.unflatten(2, spread), lse.unflatten(2, spread)
         out, lse = out[stored, :, place], lse[stored, :, place]

@@ -43,12 +43,20 @@ class Tail:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, n, D]` behind the tokens held."""
         end = self.length + key.shape[2]
-        frozen = bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
-        if end > self.capacity or frozen:
+        if end > self.capacity or self._frozen:
             self._grow(end, key, value)
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[:, :, self.length : end] = new
         self.length = end
+
+    def make_room(self, tokens: int) -> None:
+        """Takes memory for as many more tokens, so that they move nothing; there must be some tokens already."""
+        if self.length + tokens > self.capacity or self._frozen:
+            self._grow(self.length + tokens, *self._buffers)
+
+    def advance(self) -> None:
+        """Counts a token that was written into the memory behind the others."""
+        self.length += 1
 
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens; their memory is written over by the next ones."""
@@ -70,6 +78,11 @@ class Tail:
     def tensors(self) -> list[Tensor]:
         """The buffers, unused room included."""
         return list(self._buffers)
+
+    @property
+    def _frozen(self) -> bool:
+        """Whether the memory was made in inference mode and cannot be written to any more."""
+        return bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
 
     def _grow(self, needed: int, key: Tensor, value: Tensor) -> None:
         roomy = needed + max(MIN_GROWTH, needed // 8)

@@ -29,7 +29,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
 # entries decoded at once: their floats, half of a megabyte at head_dim 64, stay in the second-level cache
 ENTRIES = 2048
@@ -198,6 +198,9 @@ def _decoded(
             start = block * tokens + token
             found = _found(codes[start : start + count * size], table, bits)
             yield slice(block, block + count), slice(token, token + size), found.view(count, size, dim)
+
+
+with_triton("code_attention", code_attention_chunked)
 
 
 @torch.library.impl(LIBRARY, "code_attention", "Meta")

@@ -16,7 +16,7 @@ SDPA's `enable_gqa` reads it once per query head.
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
 LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap)"
@@ -42,7 +42,6 @@ def decode_attention_reference(
     return torch.matmul(weights, value).to(query.dtype), torch.logsumexp(scores, dim=-1)
 
 
-@torch.library.impl(LIBRARY, "decode_attention", "CPU")
 def decode_attention_cpu(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -67,6 +66,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype).clamp_min(torch.finfo(dtype).min)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+with_triton("decode_attention", decode_attention_cpu, "CPU")
+with_triton("decode_attention", decode_attention_reference, "CUDA")
 
 
 @torch.library.impl(LIBRARY, "decode_attention", "Meta")

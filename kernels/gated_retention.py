@@ -20,7 +20,7 @@ implementation for another device needs to bring the forward only.
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, straight_to_cpu
+from hf_kvcache.kernels.library import LIBRARY, straight_to_cpu, with_triton
 
 CHUNK = 64
 
@@ -58,6 +58,9 @@ def decay_matrix(decay: Tensor) -> Tensor:
     future = torch.ones(length, length, dtype=torch.bool, device=decay.device).triu(1)
     # masked before the exponential, which would overflow above the diagonal
     return (decay[..., :, None] - decay[..., None, :]).masked_fill_(future, -torch.inf).exp_()
+
+
+with_triton("gated_retention", gated_retention_chunked)
 
 
 @torch.library.impl(LIBRARY, "gated_retention", "Meta")

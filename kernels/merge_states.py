@@ -11,7 +11,7 @@ Shapes: out `[..., M, D]`, lse `[..., M]` in float32.
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu
+from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
 LIBRARY.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
 
@@ -22,6 +22,9 @@ def merge_states_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     weight = torch.sigmoid(lse_a - lse_b).nan_to_num(0.5).unsqueeze(-1)
     out = torch.lerp(out_b.to(weight.dtype), out_a.to(weight.dtype), weight).to(out_a.dtype)
     return out, torch.logaddexp(lse_a, lse_b)
+
+
+with_triton("merge_states", merge_states_reference)
 
 
 @torch.library.impl(LIBRARY, "merge_states", "Meta")

@@ -23,6 +23,7 @@ from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches import early_exit, residual
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
+from hf_kvcache.patches.compiled import CompiledDecode
 from hf_kvcache.patches.prefix import WeightsMemo, adopt_prefix, store_prefix
 from hf_kvcache.patches.saving import save_pretrained
 from hf_kvcache.spec import CacheSpec
@@ -60,6 +61,7 @@ class Attachment:
         originals: replaced modules, as (parent, attribute, original module).
         frozen: parameters that no forward uses while the patch lasts and that were trainable before.
         residuals: trainable weights that the plan adds to the model, by layer.
+        compiled: what takes the place of the model's forward while decoding, where that was asked for.
     """
 
     adapter: Adapter
@@ -70,6 +72,7 @@ class Attachment:
     originals: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     frozen: list[nn.Parameter] = field(default_factory=list)
     residuals: dict[int, residual.KVResidual] = field(default_factory=dict)
+    compiled: CompiledDecode | None = None
 
     def install(self, model: nn.Module, decoder: nn.Module, substitutes: list[tuple[nn.Module, str, Substitute]]):
         """Does all that `restore` undoes."""
@@ -108,6 +111,8 @@ class Attachment:
 
     def restore(self, model: nn.Module, decoder: nn.Module) -> None:
         """Makes the model what it was before `install`, also when that stopped half-way."""
+        if self.compiled is not None:
+            self.compiled.remove(model)
         for parent, attribute, original in self.originals:
             setattr(parent, attribute, original)
         for parameter in self.frozen:

@@ -7,8 +7,10 @@ import torch
 
 from hf_kvcache.attention import causal_mask
 from hf_kvcache.codecs import DenseCodec
+from hf_kvcache.kernels.code_attention import pack
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.ragged_attention import work_list
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import DeviceStore
 
@@ -67,3 +69,20 @@ def test_ragged_decode_is_masked_attention(group, dim, queries):
             expected = logits.masked_fill(~mask[:, of], -torch.inf).softmax(-1) @ value[:, of].double()
             actual = out.view(batch, heads * group, queries, dim)[:, head].double()
             assert float((actual - expected).abs().max()) <= 1e-5
+
+
+def test_operators_are_registered_as_torch_wants_it():
+    key, value = torch.randn(50, 16), torch.randn(50, 16)
+    work, parts = work_list(torch.tensor([0, 1]), torch.tensor([0, 30]), torch.tensor([30, 50]), 2, programs=6)
+    query, bias = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3)
+    codes, scales = pack(torch.randint(0, 16, (50, 16), dtype=torch.uint8), 4), torch.rand(50).half()
+    levels = torch.arange(16.0) - 7.5
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for op, arguments in (
+        (torch.ops.hf_kvcache.ragged_decode_attention, (query, key, value, work, parts, 0.2, 0.0)),
+        (
+            torch.ops.hf_kvcache.ragged_code_attention,
+            (query, codes, scales, codes, scales, levels, levels, bias, work, parts, 0.2, 0.0),
+        ),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=tests)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,45 @@ class Codec(Protocol):
     def join(self, payloads: Sequence[Payload]) -> Payload:
         """The entries of several payloads, one after the other: of one that was encoded first, and of others that were
         encoded like it."""
+        ...
+
+
+@runtime_checkable
+class RaggedCodec(Codec, Protocol):
+    """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
+
+    def attend_runs(
+        self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        """Partial attention of every run's own queries.
+
+        Args:
+            payload: what `encode` returned.
+            work, parts: the stretches of the runs.
+            query: `[R, H, M, D]`; run r * H + h, which is also the owner of its entries, has the queries `[r, h]`.
+            scale, softcap: as for `attend`.
+
+        Returns:
+            out `[R, H, M, D]` and lse `[R, H, M]`; a run without entries has out 0 and lse -inf.
+        """
+        ...
+
+
+@runtime_checkable
+class GatheringCodec(Codec, Protocol):
+    """A codec with a kernel that reads the entries to encode from where they are (see `kernels/encode_entries.py`)."""
+
+    def encode_chosen(
+        self, key: Tensor, value: Tensor, index: Tensor, owners: Tensor, like: Payload | None = None
+    ) -> Payload:
+        """As `encode` of the chosen entries.
+
+        Args:
+            key, value: `[B, H, T, D]`.
+            index: `[N]`, the entries b H T + h T + t, in the order of the segment's layout.
+            owners: `[N]`, b H + h of each.
+            like: see `encode`.
+        """
         ...
 
 

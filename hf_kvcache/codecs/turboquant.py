@@ -10,7 +10,7 @@ What is different, and why:
   origin than to the mean, as attention sinks are, keep it, and have a scale that is not positive: without that the
   sinks lose more than all others gain. Removing the mean before RoPE is no better there, and needs the positions.
 - The levels are t (a + b t²), fitted to the best codebook: as good, and computable where a table is slow.
-- The scale is searched (see `scalar.py`) instead of the norm.
+- The scale is searched (see `kernels/encode_entries.py`) instead of the norm.
 - No QJL residual: it makes inner products unbiased at the cost of a variance that softmax amplifies.
 """
 
@@ -27,14 +27,15 @@ from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
 from hf_kvcache.codecs.codebooks import cubic
 from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.codecs.rotation import rotation
-from hf_kvcache.codecs.scalar import quantise, stored
-from hf_kvcache.kernels.code_attention import code_attention, levels_of, pack
+from hf_kvcache.codecs.scalar import stored
+from hf_kvcache.kernels.code_attention import code_attention, levels_of
+from hf_kvcache.kernels.encode_entries import chosen, encode_entries, of_owners
+from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
 BITS = (2, 3, 4, 8)
 # scales tried, in units of the norm: keys pay for a finer search, since their errors matter several times as much
 KEY_FACTORS = (0.9, 1.0, 1.1)
 VALUE_FACTORS = (0.92, 1.04)
-SMALLEST = 2.0**-24  # of float16
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,17 @@ class TurboQuantCodec:
         check_head_dim(key, value)
         check_finite(key=key, value=value)
         mean = _means(key, owners, self.center) if like is None else like["mean"]
-        turned = self._rotation(key)
-        key_levels, value_levels = self._levels(key)
-        rotated = key.to(torch.float32) @ turned
-        if self.center:
-            centred = rotated - _of_owners(mean.to(torch.float32) @ turned, owners, len(key))
-            # the error is in proportion to the norm
-            nearer = torch.linalg.vecdot(centred, centred) <= torch.linalg.vecdot(rotated, rotated)
-            rotated = torch.where(nearer[:, None], centred, rotated)
-        key_codes, key_scale, _ = quantise(rotated, key_levels, KEY_FACTORS)
-        if self.center:
-            # zero says that the mean was kept; a key that is the mean gets the least scale there is instead
-            key_scale = torch.where(nearer, key_scale.clamp_min(SMALLEST), -key_scale)
-        value_codes, value_scale, _ = quantise(value.to(torch.float32) @ turned, value_levels, VALUE_FACTORS)
-        return {
-            "key_codes": pack(key_codes, self.key_bits),
-            "key_scale": stored(key_scale),
-            "value_codes": pack(value_codes, self.value_bits),
-            "value_scale": stored(value_scale),
-            "mean": mean,
-        }
+        return self._encode(key[None, None], value[None, None], None, owners, mean)
+
+    def encode_chosen(
+        self, key: Tensor, value: Tensor, index: Tensor, owners: Tensor, like: Payload | None = None
+    ) -> Payload:
+        check_head_dim(key, value)
+        mean = _means(chosen(key, index), owners, self.center) if like is None else like["mean"]
+        payload = self._encode(key, value, index, owners, mean)
+        # an entry that is not finite has a scale that is not; what was not chosen may be anything
+        check_finite(key=payload["key_scale"][:, None], value=payload["value_scale"][:, None])
+        return payload
 
     def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean = payload["mean"]
@@ -97,7 +89,7 @@ class TurboQuantCodec:
         scale = payload["key_scale"].to(torch.float32)
         key = levels_of(payload["key_codes"], key_levels) @ back * scale.abs()[:, None]
         if self.center:
-            key += _of_owners(mean.to(torch.float32), owners, len(key)) * (scale > 0)[:, None]
+            key += of_owners(mean.to(torch.float32), owners, len(key)) * (scale > 0)[:, None]
         value = levels_of(payload["value_codes"], value_levels) @ back
         value *= payload["value_scale"].to(torch.float32)[:, None]
         return key.to(mean.dtype), value.to(mean.dtype)
@@ -131,11 +123,50 @@ class TurboQuantCodec:
         )
         return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
 
+    def attend_runs(
+        self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
+    ) -> tuple[Tensor, Tensor]:
+        turned = self._rotation(query)
+        exact = query.to(torch.float32)
+        key_levels, value_levels = self._levels(query)
+        owners = torch.arange(query.shape[0] * query.shape[1], device=query.device).view(query.shape[:2])
+        out, lse = ragged_code_attention(
+            exact @ turned,
+            (payload["key_codes"], payload["key_scale"], key_levels),
+            (payload["value_codes"], payload["value_scale"], value_levels),
+            work,
+            parts,
+            self._shift(exact, payload["mean"], owners),
+            scale=scale,
+            softcap=softcap,
+        )
+        return (out @ turned.T).to(query.dtype), lse
+
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
 
     def join(self, payloads: Sequence[Payload]) -> Payload:
         return join_entries(payloads, shared=("mean",))
+
+    def _encode(self, key: Tensor, value: Tensor, index: Tensor | None, owners: Tensor | None, mean: Tensor) -> Payload:
+        """The payload of entries of `[B, H, T, D]`, all of them or those of an index."""
+        key_codes, key_scale, value_codes, value_scale = encode_entries(
+            key,
+            value,
+            index,
+            owners,
+            mean if self.center else None,
+            self._rotation(key),
+            self._levels(key),
+            (KEY_FACTORS, VALUE_FACTORS),
+        )
+        return {
+            "key_codes": key_codes,
+            "key_scale": stored(key_scale),
+            "value_codes": value_codes,
+            "value_scale": stored(value_scale),
+            "mean": mean,
+        }
 
     def _shift(self, query: Tensor, mean: Tensor, owners: Tensor | None) -> Tensor | None:
         """q . mean `[R, H, M]`."""
@@ -163,11 +194,3 @@ def _means(key: Tensor, owners: Tensor | None, center: bool) -> Tensor:
     total = torch.zeros(count, key.shape[1], device=key.device).index_add_(0, owners, key.to(torch.float32))
     members = torch.bincount(owners, minlength=count).clamp_min(1)
     return (total / members[:, None]).to(key.dtype)
-
-
-def _of_owners(means: Tensor, owners: Tensor | None, entries: int) -> Tensor:
-    """The mean of every entry's owner, `[entries, D]`."""
-    if owners is None:
-        return means[:1].expand(entries, -1)
-    # owners behind the last one that had an entry use its mean, as good as any
-    return means[owners.to(means.device).clamp(max=len(means) - 1)]

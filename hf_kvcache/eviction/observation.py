@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_kvcache.kernels.window_scores import window_scores
+
 # scores of at most so many (query, key) pairs are in memory at once
 PAIRS_AT_ONCE = 1 << 22
 
@@ -121,12 +123,12 @@ class Observation:
         """
         return self.logits(last).softmax(-1)
 
-    def mean_attention(self, last: int | None = None) -> Tensor:
-        """`attention(last)` averaged over the queries, `[B, H_kv, G, T]`, with one tensor of its size and not three."""
-        scores = self.logits(last)
-        scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        share = 1 / (scores.sum(-1) * scores.shape[3])
-        return torch.matmul(share.unsqueeze(-2), scores).squeeze(-2)
+    def window_scores(self, last: int) -> Tensor:
+        """The mean of `attention(last)` over the queries, `[B, H_kv, G, T]`."""
+        if self.valid is not None:
+            return self.attention(last).mean(dim=3)
+        query = self.query[..., -last:, :].to(self.key.dtype)
+        return window_scores(query, self.key, scale=self.scale, softcap=self.softcap)
 
     def logits(self, last: int | None = None) -> Tensor:
         """What `attention` is the softmax of: scaled, capped, and the lowest number where nothing is seen."""

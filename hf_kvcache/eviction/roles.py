@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.eviction.observation import Observation
+from hf_kvcache.kernels.select import select
 
 
 class Scorer(Protocol):
@@ -158,11 +159,8 @@ class TopK:
 
 
 def top_mask(score: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` `[B, H]` highest scores of every head of `[B, H, T]`, as a mask, in one top-k over all heads."""
-    most = int(counts.max()) if counts.numel() else 0
-    best = score.topk(most, dim=-1).indices
-    taken = torch.arange(most, device=score.device) < counts.unsqueeze(-1)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, taken)
+    """The `counts` `[B, H]` highest scores of every head of `[B, H, T]`, as a mask."""
+    return select(score, counts)
 
 
 def no_memory(observation: Observation, score: Tensor) -> dict[str, Tensor]:

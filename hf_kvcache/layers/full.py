@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from hf_kvcache.eviction import EvictionPolicy, Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
+from hf_kvcache.layers.fixed import FixedTail
 from hf_kvcache.layers.replay import Replay
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import Store
@@ -84,6 +86,7 @@ class KVCacheLayer(OwnLayer):
         self._recording = False
         self.is_initialized = False
         self.witness: Witness | None = None
+        self.fixed: FixedTail | None = None
 
     def expect(self, prompt_length: int, copies: int) -> None:
         """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
@@ -104,6 +107,9 @@ class KVCacheLayer(OwnLayer):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
         if self._replaying and self._replay is not None:
             self._replay.take(key_states, value_states)
+            return self, self
+        if self.fixed is not None:
+            self.fixed.take(key_states, value_states)
             return self, self
         self._settle()
         self.is_initialized = True
@@ -138,6 +144,8 @@ class KVCacheLayer(OwnLayer):
         """Attention of the call's query over everything held; returns `[B, L, H_q, D]`."""
         if self._replaying and self._replay is not None:
             return self._replay.attend(call)
+        if self.fixed is not None:
+            return self.fixed.attend(call, self.segments)
         if self._early is not None:
             return self._attend_apart(call, *self._early)
         if self._fresh is not None:
@@ -155,6 +163,22 @@ class KVCacheLayer(OwnLayer):
         if call.layer == self.settings.last_reader:
             self._finish_forward(call.mask, call.length)
         return out
+
+    @property
+    def room(self) -> int:
+        """How many tokens can come one by one and change nothing but the tail, which has its memory already."""
+        own = all(segment.rows == tuple(range(segment.layout.rows)) for segment in self.segments)
+        if not self.segments or not own or self.prompt_length or self._recording or not self.tail.capacity:
+            return 0
+        codec = self.settings.codec
+        if not codec.block:
+            return sys.maxsize
+        return max(codec.residual_length + codec.block - 1 - self.tail.length, 0)
+
+    def advance(self) -> None:
+        """Counts a token that `fixed` took."""
+        self.tail.advance()
+        self.seen += 1
 
     @property
     def _shared(self) -> bool:

@@ -28,12 +28,11 @@ from torch import Tensor
 
 from hf_kvcache.eviction import Observation
 from hf_kvcache.eviction.roles import top_mask
+from hf_kvcache.kernels.value_norm import value_norm
 from hf_kvcache.methods.eviction_method import EvictionMethod
 
 EPSILON = 1e-4
 NORMS = ("l1", "l2")
-# projected values of at most so many elements are in memory at once
-ELEMENTS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,5 @@ def projected_norm(value: Tensor, output: Tensor, norm: str) -> Tensor:
     Returns:
         `[B, H_kv, T]`, float32.
     """
-    heads, group, _, hidden = output.shape
-    if norm == "l2":
-        output = output @ output.transpose(-1, -2)
-    step = max(1, ELEMENTS_AT_ONCE // (value.shape[0] * heads * hidden))
-    parts = []
-    for chunk in value.float().split(step, dim=2):
-        norms = torch.zeros(chunk.shape[:-1], device=value.device)
-        for member in range(group):
-            image = torch.matmul(chunk, output[:, member])
-            norms += image.mul_(chunk).sum(-1).clamp_min(0).sqrt() if norm == "l2" else image.abs_().sum(-1)
-        parts.append(norms / group)
-    return torch.cat(parts, dim=2)
+    gram = norm == "l2"
+    return value_norm(value, output @ output.transpose(-1, -2) if gram else output, gram)

@@ -52,7 +52,7 @@ class SnapKV(ScoringMethod):
         return self.window
 
     def score(self, observation: Observation) -> Tensor:
-        weights = observation.mean_attention(last=self.window)
+        weights = observation.window_scores(self.window)
         return pool(weights, self.kernel_size, self.pooling, self.window).mean(dim=2)
 
 

@@ -8,7 +8,7 @@ import torch
 from hf_kvcache.codecs import PaperTurboQuantCodec, TurboQuantCodec
 from hf_kvcache.codecs.codebooks import cubic, distortion
 from hf_kvcache.codecs.rotation import rotation
-from hf_kvcache.codecs.scalar import quantise
+from hf_kvcache.kernels.encode_entries import quantise
 
 
 def unit_vectors(count: int, dim: int, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,36 @@
+"""`select`: the mask of the highest scores of every row, as many as its count says.
+
+Shapes: score `[..., T]` in float32 without NaN, counts `[...]` of int64 with 0 <= counts <= T. Returns boolean
+`[..., T]`. For the heads of a layer the rows are heads; for a budget that they share, flatten them to one row. Among
+equal scores the Triton version takes the first ones, the PyTorch version those that `topk` gives.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_kvcache.kernels.library import LIBRARY, straight_to_cpu, with_triton
+
+LIBRARY.define("select(Tensor score, Tensor counts) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "select", "CompositeExplicitAutograd")
+def select_reference(score: Tensor, counts: Tensor) -> Tensor:
+    most = int(counts.max()) if counts.numel() else 0
+    best = score.topk(most, dim=-1).indices
+    taken = torch.arange(most, device=score.device) < counts.unsqueeze(-1)
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, taken)
+
+
+with_triton("select", select_reference)
+
+
+@torch.library.impl(LIBRARY, "select", "Meta")
+def _(score, counts):
+    return torch.empty_like(score, dtype=torch.bool)
+
+
+def select(score: Tensor, counts: Tensor) -> Tensor:
+    """Calls the operator. See the module's first lines for the shapes."""
+    if straight_to_cpu(score):
+        return select_reference(score, counts)
+    return torch.ops.hf_kvcache.select(score, counts)

@@ -1,0 +1,230 @@
+"""`encode_entries`: Triton, by its interpreter, against float64 and the PyTorch version: sizes, dtypes, extremes."""
+
+import itertools
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from hf_kvcache.codecs import TurboQuantCodec
+from hf_kvcache.codecs.codebooks import cubic, lloyd_max
+from hf_kvcache.codecs.rotation import rotation
+from hf_kvcache.kernels import encode_entries as module
+from hf_kvcache.kernels.code_attention import levels_of
+from hf_kvcache.kernels.encode_entries import encode_entries, encode_entries_reference
+from hf_kvcache.segment import Segment
+from hf_kvcache.stores import DeviceStore
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+CPU = torch.device("cpu")
+FACTORS = ((0.9, 1.0, 1.1), (0.92, 1.04))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDTHS, SIZES = ((4, 4), (3, 2), (2, 3)), ((64, 37), (96, 33), (128, 5))
+
+
+def combinations():
+    """Every dtype, width and size with every other one; by default as many as see each of them three times."""
+    for (a, dtype), (b, bits), (c, size) in itertools.product(*map(enumerate, (DTYPES, WIDTHS, SIZES))):
+        yield pytest.param(dtype, bits, *size, marks=[] if (a + b + c) % 3 == 0 else pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Sends CPU tensors to the kernel."""
+    monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
+
+
+@pytest.fixture
+def no_reference(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the PyTorch version was called")
+
+    monkeypatch.setattr(module, "_quantise", refuse)
+
+
+def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def keys(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    """Vectors around a common mean, with a large channel and some near the origin, as keys are."""
+    made = draw(*shape, seed=seed) + 1.5 * draw(shape[-1], seed=99)
+    made[..., 3] *= 8
+    made[..., ::7, :] *= 0.1
+    return made.to(dtype)
+
+
+def levels(dim: int, bits: int, kind: str = "cubic") -> torch.Tensor:
+    """Those of the codec, or the best equal steps."""
+    if kind == "cubic":
+        return cubic(dim, bits)
+    return (torch.arange(2.0**bits) - (2**bits - 1) / 2) * {4: 0.335, 3: 0.586, 2: 0.996}[bits]
+
+
+def errors(codes, scale, book, exact):
+    """Squared errors of the rows, in float64."""
+    return (levels_of(codes, book).double() * scale.double().abs()[:, None] - exact).square().sum(1)
+
+
+def check(found, x, owners, mean, turned, books):
+    """The codes are as good as those of the PyTorch version, each row for itself: the search is the same."""
+    key, value = (tensor.double() @ turned.double() for tensor in x)
+    codes, scale, value_codes, value_scale = found
+    expected = encode_entries_reference(
+        x[0][None, None], x[1][None, None], None, owners, mean, turned, *books, *map(list, FACTORS)
+    )
+    sizes = [tensor.square().sum(1) for tensor in (key, value)]
+    if mean is not None:
+        centred = key - mean.double()[owners] @ turned.double()
+        shorter, longer = centred.norm(dim=1), key.norm(dim=1)
+        clear = (shorter - longer).abs() > 1e-4 * longer
+        assert torch.equal((scale > 0)[clear], (shorter <= longer)[clear])
+        key = torch.where((scale > 0)[:, None], centred, key)
+    for ours, theirs, exact, book, size in (
+        ((codes, scale), expected[:2], key, books[0], sizes[0]),
+        ((value_codes, value_scale), expected[2:], value, books[1], sizes[1]),
+    ):
+        assert ours[0].shape == theirs[0].shape and ours[0].dtype == torch.uint8 and ours[1].dtype == torch.float32
+        assert not ours[1].isnan().any()
+        off, best = errors(*ours, book, exact), errors(*theirs, book, exact)
+        # a number within a fiftieth of a step of the middle may get the other level, here or there, and the scale is
+        # fitted after that: one row comes out better and another one worse, all together the same
+        assert (off <= 1.12 * best + 1e-6 * size).all()
+        assert off.sum() <= 1.01 * best.sum() + 1e-6 * size.sum()
+        half = ours[1].half().float()
+        assert torch.equal(ours[1], torch.where(half.isfinite(), half, ours[1]))
+
+
+@pytest.mark.parametrize("dtype,bits,dim,entries", combinations(), ids=str)
+def test_codes_of_entries(no_reference, monkeypatch, dtype, bits, dim, entries):
+    x = keys(entries, dim, dtype=dtype), draw(entries, dim, seed=1, dtype=dtype)
+    owners = torch.arange(entries) % 3
+    mean = torch.stack([x[0][owners == owner].float().mean(0) for owner in range(3)]).to(dtype)
+    turned, books = rotation("hadamard", dim, 0, CPU), (levels(dim, bits[0]), levels(dim, bits[1]))
+    found = encode_entries(x[0][None, None], x[1][None, None], None, owners, mean, turned, books, FACTORS)
+    monkeypatch.undo()
+    check(found, x, owners, mean, turned, books)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_equal_steps_and_no_mean(no_reference, monkeypatch, bits):
+    x = keys(20, 64), draw(20, 64, seed=1)
+    turned, books = rotation("dense", 64, 0, CPU), (levels(64, bits, "steps"),) * 2
+    found = encode_entries(x[0][None, None], x[1][None, None], None, None, None, turned, books, FACTORS)
+    monkeypatch.undo()
+    check(found, x, None, None, turned, books)
+
+
+def test_chosen_entries_are_read_where_they_are(no_reference, monkeypatch):
+    """From views of a cache, in any order, and some twice."""
+    whole = keys(2, 41, 3, 64).transpose(1, 2), draw(2, 3, 50, 64, seed=1)[:, :, 4:45]
+    assert not any(tensor.is_contiguous() for tensor in whole)
+    index = torch.randperm(2 * 3 * 41, generator=torch.Generator().manual_seed(0))[:70]
+    index = torch.cat([index, index[:3]])
+    owners = index // 41
+    mean = whole[0].mean(2).flatten(0, 1)
+    turned, books = rotation("hadamard", 64, 0, CPU), (levels(64, 4), levels(64, 3))
+    found = encode_entries(*whole, index, owners, mean, turned, books, FACTORS)
+    monkeypatch.undo()
+    check(found, tuple(t.reshape(-1, 64)[index] for t in whole), owners, mean, turned, books)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e7])
+def test_extreme_numbers(no_reference, monkeypatch, size):
+    """A scale that float16 cannot hold stays as it is."""
+    x = size * keys(20, 64), size * draw(20, 64, seed=1)
+    turned, books = rotation("hadamard", 64, 0, CPU), (levels(64, 4), levels(64, 4))
+    found = encode_entries(x[0][None, None], x[1][None, None], None, None, x[0].mean(0, keepdim=True), turned, books,
+                           FACTORS)  # fmt: skip
+    monkeypatch.undo()
+    check(found, x, torch.zeros(20, dtype=torch.long), x[0].mean(0, keepdim=True), turned, books)
+
+
+def test_zeros_and_keys_that_are_the_mean(no_reference):
+    mean = draw(1, 64)
+    x = torch.cat([mean, torch.zeros(2, 64)])
+    books = (levels(64, 4), levels(64, 4))
+    turned = rotation("hadamard", 64, 0, CPU)
+    _, scale, _, value_scale = encode_entries(
+        x[None, None], torch.zeros_like(x)[None, None], None, None, mean, turned, books, FACTORS
+    )
+    # the mean is not quite removed: it was rotated in another order
+    assert 0 < float(scale[0]) < 1e-6 and not scale[1:].any() and not value_scale.any()
+    assert (scale[1:] <= 0).all()
+
+
+def test_owners_behind_the_last_mean_use_it(no_reference, monkeypatch):
+    x = keys(6, 64), draw(6, 64, seed=1)
+    owners = torch.tensor([0, 0, 1, 1, 5, 9])
+    mean = torch.stack([x[0][:2].mean(0), x[0][2:].mean(0)])
+    turned, books = rotation("hadamard", 64, 0, CPU), (levels(64, 4), levels(64, 4))
+    found = encode_entries(x[0][None, None], x[1][None, None], None, owners, mean, turned, books, FACTORS)
+    monkeypatch.undo()
+    check(found, x, owners.clamp(max=1), mean, turned, books)
+
+
+def test_no_entries():
+    x = torch.zeros(1, 2, 0, 64)
+    books = (levels(64, 3), levels(64, 2))
+    made = encode_entries(x, x, None, None, None, rotation("hadamard", 64, 0, CPU), books, FACTORS)
+    assert [tuple(tensor.shape) for tensor in made] == [(0, 24), (0,), (0, 16), (0,)]
+
+
+@pytest.mark.parametrize(
+    "dim,book,dtype,factors",
+    [
+        (64, levels(64, 8), torch.float32, FACTORS[0]),
+        (24, levels(24, 4), torch.float32, FACTORS[0]),
+        (64, lloyd_max(64, 4), torch.float32, FACTORS[0]),
+        (64, levels(64, 4), torch.float64, FACTORS[0]),
+        (64, levels(64, 4), torch.float32, (0.8, 0.9, 1.0, 1.1)),
+    ],
+    ids=["8 bits", "head_dim 24", "any levels", "float64", "four factors"],
+)
+def test_what_has_no_kernel_is_computed_by_pytorch(dim, book, dtype, factors):
+    x = draw(1, 1, 9, dim, dtype=dtype)
+    arguments = (x, x, None, None, None, rotation("hadamard", dim, 0, CPU), book, book, list(factors), list(factors))
+    found = torch.ops.hf_kvcache.encode_entries(*arguments)
+    for ours, theirs in zip(found, encode_entries_reference(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_sealing_with_gaps_gathers_in_the_kernel(monkeypatch, center):
+    """A segment of evicted heads: what it holds is as near to the keys as by the PyTorch version."""
+    key, value = keys(2, 2, 60, 64), draw(2, 2, 60, 64, seed=1)
+    keep = draw(2, 2, 60, seed=2) > torch.tensor([-1.0, 1.0])[:, None]
+    key[~keep] = torch.nan
+    codec, dense = TurboQuantCodec(4, 4, center=center), {}
+    for backend in ("triton", "reference"):
+        monkeypatch.setenv("HF_KVCACHE_BACKEND", backend)
+        segment = Segment.seal(codec, DeviceStore(), key, value, keep)
+        dense[backend] = segment.codec.decode(segment.payload(), segment.layout.owners)
+        again = Segment.seal(codec, DeviceStore(), key, value, keep, like=segment, start=60)
+        assert len(again.positions()) == int(keep.sum())
+    monkeypatch.setenv("HF_KVCACHE_BACKEND", "reference")
+    kept = keep.flatten().nonzero()[:, 0][segment.layout.order]
+    for place, exact in enumerate((key, value)):
+        exact = exact.reshape(-1, 64)[kept]
+        ours, theirs = (float((dense[backend][place] - exact).norm()) for backend in ("triton", "reference"))
+        assert ours == pytest.approx(theirs, rel=5e-3)
+
+
+def test_entries_that_are_not_finite_are_refused():
+    key = keys(1, 2, 20, 64)
+    key[0, 1, 3, 5] = torch.inf
+    keep = torch.ones(1, 2, 20, dtype=torch.bool)
+    keep[0, 0, 0] = False
+    with pytest.raises(ValueError, match=r"cannot quantise a key with NaN or infinite numbers \(\d+ of 39 entries"):
+        Segment.seal(TurboQuantCodec(4, 4), DeviceStore(), key, key.nan_to_num(posinf=0.0), keep)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([3, 1, 7])], ids=["all", "chosen"])
+def test_operator_is_registered_as_torch_wants_it(index):
+    x, books = draw(1, 2, 5, 64), [levels(64, 4).float()] * 2
+    owners = torch.zeros(10 if index is None else 3, dtype=torch.long)
+    arguments = (x, x, index, owners, draw(1, 64), rotation("hadamard", 64, 0, CPU), *books, [1.0], [0.9, 1.0])
+    torch.library.opcheck(
+        torch.ops.hf_kvcache.encode_entries.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )

@@ -1,0 +1,134 @@
+"""The bytes that `examples/benchmarks/roofline.py` computes are those that the kernels load and store.
+
+Counted in the interpreter: every element that a load or a store is not masked from. What a program reads again and a
+cache holds (rotations, weights, queries of a window) is not memory traffic and is left out of both.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_kvcache.codecs.codebooks import cubic
+from hf_kvcache.codecs.rotation import rotation
+from hf_kvcache.kernels.code_attention import code_attention, pack
+from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.encode_entries import encode_entries
+from hf_kvcache.kernels.gated_retention import gated_retention
+from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.select import select
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
+
+
+@pytest.fixture
+def roofline(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import roofline
+
+    yield roofline
+    for name in ("roofline", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts bytes, by the tensor that they are of: `counted(tensor)`, or of everything."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
+    seen = []
+
+    def note(pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        kept = pointers.data if mask is None else pointers.data[mask.data.astype(bool)]
+        seen.append((kept.ravel(), size))
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self, pointers, mask, *rest):
+        note(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def masked_store(self, pointers, value, mask, *rest):
+        note(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", masked_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", masked_store)
+
+    def total(without=()):
+        number = 0
+        for addresses, size in seen:
+            keep = torch.ones(len(addresses), dtype=torch.bool)
+            where = torch.from_numpy(addresses.astype("int64"))
+            for tensor in without:
+                first = tensor.untyped_storage().data_ptr()
+                keep &= (where < first) | (where >= first + tensor.untyped_storage().nbytes())
+            number += int(keep.sum()) * size
+        return number
+
+    return total
+
+
+def coded(entries, dim, bits):
+    codes = torch.randint(0, 2**bits, (entries, dim), dtype=torch.uint8)
+    return pack(codes, bits), torch.rand(entries).half(), cubic(dim, bits)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 2)], ids=str)
+@pytest.mark.parametrize("tokens,stretches", [(128, 2), (1000, 6)])
+def test_codes(roofline, counted, bits, tokens, stretches):
+    """One load of a code for all query heads of its group."""
+    key, value = coded(2 * tokens, 64, bits[0]), coded(2 * tokens, 64, bits[1])
+    code_attention(torch.randn(1, 2, 5, 64), key, value, torch.randn(1, 2, 5), scale=0.1)
+    expected = roofline.code_attention(2 * tokens, 64, bits, 2, 5, stretches)
+    assert counted() == pytest.approx(expected.moved, rel=0.01)
+    assert expected.least <= expected.moved
+
+
+@pytest.mark.parametrize("tokens,stretches", [(128, 2), (1000, 6)])
+def test_dense(roofline, counted, tokens, stretches):
+    query, key, value = (torch.randn(1, 2, n, 64).half() for n in (5, tokens, tokens))
+    decode_attention(query, key, value, scale=0.1)
+    assert counted() == pytest.approx(roofline.decode_attention(2 * tokens, 64, 2, 2, 5, stretches).moved, rel=0.01)
+
+
+def test_merge_states(roofline, counted):
+    a, b, lse = torch.randn(30, 64).half(), torch.randn(30, 64).half(), torch.randn(30)
+    merge_states(a, lse, b, lse)
+    assert counted() == roofline.merge_states(30, 64, 2).moved
+
+
+@pytest.mark.parametrize("gather", [False, True])
+def test_encoding(roofline, counted, gather):
+    x, mean, turned = (
+        torch.randn(1, 2, 50, 64).half(),
+        torch.randn(2, 64),
+        rotation("dense", 64, 0, torch.device("cpu")),
+    )
+    index = torch.randperm(100)[:70] if gather else None
+    owners = torch.zeros(70 if gather else 100, dtype=torch.long)
+    encode_entries(x, x.clone(), index, owners, mean, turned, (cubic(64, 4), cubic(64, 3)), ((1.0,), (1.0,)))
+    from hf_kvcache.kernels.triton_ops.encode_entries import _split
+
+    expected = roofline.encode_entries(len(owners), 64, (4, 3), 2, gather, owned=True)
+    # the rotated mean of every key comes from the cache, as the rotation does: 64 numbers in float32
+    assert counted(_split(turned, torch.float16)[:2]) - len(owners) * 64 * 4 == expected.moved
+
+
+def test_select(roofline, counted):
+    select(torch.randn(3, 2500), torch.tensor([1, 5, 2000]))
+    assert counted() == pytest.approx(roofline.select(3, 2500).moved, rel=0.001)
+
+
+@pytest.mark.parametrize("tokens,parts", [(60, 1), (200, 3)])
+def test_retention(roofline, counted, tokens, parts):
+    query, key, value = (torch.randn(1, 1, tokens, 64) for _ in range(3))
+    gated_retention(query, key, value, -torch.rand(1, 1, tokens), torch.randn(1, 1, 64, 64))
+    expected = roofline.gated_retention(1, tokens, 64, 64, 4, columns=32, parts=parts)
+    assert counted() == pytest.approx(expected.moved, rel=0.02)
