@@ -116,7 +116,8 @@ def retrieval_table() -> str:
             f"{float(row['full_accuracy']):.3f}",
             f"{-100 * float(row['accuracy_lost']):+.1f} ({-100 * float(row['accuracy_lost_high']):+.1f} to "
             f"{-100 * float(row['accuracy_lost_low']):+.1f})",
-            f"{float(row['nll_added']):+.3f} ({float(row['nll_added_low']):+.3f} to {float(row['nll_added_high']):+.3f})",
+            f"{float(row['nll_added']):+.3f} ({float(row['nll_added_low']):+.3f} to "
+            f"{float(row['nll_added_high']):+.3f})",
         ]
         for row in rows("turboquant_tasks")
         if row["task"] == "all, by accuracy"
