@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_kvcache.api import unpatched_fingerprint
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer
-from hf_kvcache.methods.planned import LARGEST
+from hf_kvcache.methods.planned import LARGEST, without_measuring
 from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning.costs import Costs, measure_costs
 from hf_kvcache.planning.solve import solve
@@ -129,57 +129,21 @@ class Tuner:
         return Tuned(replace(plan, settings=text), expected, verified, uniform)
 
     def unmeasured(self, ratio: float) -> Verified:
-        """What `patch_model(target_ratio=...)`, for which nothing is measured, costs on the held-back windows."""
-        return self._verified(target_ratio=min(ratio, LARGEST))
+        """What one share and one pair of widths for all layers, as with `target_ratio`, cost on the held-back windows."""
+        kept, key_bits, value_bits = without_measuring(min(ratio, LARGEST))
+        options: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits}
+        if kept < 1:
+            return self._verified(f"{self.scorer}+turboquant", budget=kept, **options)
+        return self._verified("turboquant", **options)
 
     def verify(self, plan: CachePlan) -> Verified:
         """What a plan costs on the held-back windows."""
         return self._verified(plan=plan)
 
-    def _verified(self, **options: Any) -> Verified:
+    def _verified(self, method: Any = None, **options: Any) -> Verified:
         if self._references is None:
             self._references = references(self.model, self.held)
-        return verify(self.model, self.tokenizer, self.held, self._references, **options)
-
-
-def tune(self, target_ratio: float) -> Tuned:
-        """The plan of least loss whose caches are `target_ratio` times smaller than in 16 bits.
-
-        Raises:
-            ValueError: when the ratio is out of reach.
-        """
-        if isinstance(target_ratio, bool) or not isinstance(target_ratio, (int, float)) or not target_ratio > 1:
-            raise ValueError(f"target_ratio is a number above 1, got {target_ratio!r}")
-        layers, asked = self.costs.num_layers, float(target_ratio)
-        for _ in range(ATTEMPTS):
-            plan, expected = solve(self.costs, asked, self.fingerprint)
-            verified = self.verify(plan)
-            self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
-            if verified.ratio >= target_ratio * (1 - SLACK):
-                break
-            asked *= 1.002 * target_ratio / verified.ratio
-        uniform = self.unmeasured(target_ratio)
-        text = {
-            "target_ratio": f"{target_ratio:g}",
-            "ratio": f"{verified.ratio:.3f}",
-            "kl_continuation": f"{verified.continuation:.4g}",
-            "kl_quotation": f"{verified.quotation:.4g}",
-            "kl_expected": f"{expected:.4g}",
-            "kl_unmeasured_plan": f"{uniform.continuation:.4g} and {uniform.quotation:.4g}",
-            "layers_measured": f"{len(self.costs.layers)} of {layers}",
-            **{name: str(value) for name, value in self._settings.items()},
-        }
-        return Tuned(replace(plan, settings=text), expected, verified, uniform)
-
-    def unmeasured(self, ratio: float) -> Verified:
-        """What `patch_model(target_ratio=...)`, for which nothing is measured, costs on the held-back windows."""
-        return self._verified(target_ratio=min(ratio, LARGEST))
-
-    def verify(self, plan: CachePlan) -> Verified:
-        """What a plan costs on the held-back windows."""
-        if self._references is None:
-            self._references = references(self.model, self.held)
-        return verify(self.model, self.tokenizer, self.held, self._references, plan=plan)
+        return verify(self.model, self.tokenizer, self.held, self._references, method, **options)
 
 
 def tune(model: Any, tokenizer: Any = None, *, target_ratio: float, texts: Calibration = None, **options: Any) -> Tuned:
