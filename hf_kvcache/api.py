@@ -278,7 +278,7 @@ def check_processes(model: nn.Module, spec: CacheSpec) -> None:
     comparing = [role.name for role in roles if getattr(role, "across_heads", False) or getattr(role, "over_layers", 0)]
     if comparing:
         raise NotImplementedError(
-            f"{' and '.join(comparing)} would compare heads, but of a tensor parallel model each process holds only some; "
+            f"{' and '.join(comparing)} would compare heads, but of a tensor parallel model each process has a part; "
             "expected methods that decide head by head (snapkv, knorm, streamingllm, turboquant ...)"
         )
 

@@ -129,7 +129,7 @@ class Tuner:
         return Tuned(replace(plan, settings=text), expected, verified, uniform)
 
     def unmeasured(self, ratio: float) -> Verified:
-        """What one share and one pair of widths for all layers, as with `target_ratio`, cost on the held-back windows."""
+        """What one share and one pair of widths for all layers, as with `target_ratio`, cost on held-back windows."""
         kept, key_bits, value_bits = without_measuring(min(ratio, LARGEST))
         options: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits}
         if kept < 1:
