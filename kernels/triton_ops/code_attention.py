@@ -282,7 +282,7 @@ def configuration(
         "VALUE_ASM": assembly(value_bits, value_book) if ASSEMBLY else "",
         "COLUMNS": columns,
         "N": tile,
-        "num_warps": 1 if columns <= 16 else 4,
+        "num_warps": 4 if columns > 16 else 1 if dim <= 128 else 2,
         "num_stages": 2,
     }
 

@@ -150,7 +150,7 @@ def configuration(dim: int, value_dim: int, columns: int, itemsize: int) -> dict
         "VALUE_WIDE": value_wide,
         "COLUMNS": columns,
         "N": min(64, max(16, 8192 // (max(wide, value_wide) * itemsize))),
-        "num_warps": 1 if columns <= 16 else 4,
+        "num_warps": 4 if columns > 16 else 1 if max(wide, value_wide) <= 128 else 2,
         "num_stages": 2,
     }
 

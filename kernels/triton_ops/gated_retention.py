@@ -64,16 +64,16 @@ def chunk_kernel(
             if UPCAST:
                 query = query.to(tl.float32)
             since = tl.where(order[:, None] >= order[None, :], decay[:, None] - decay[None, :], float("-inf"))
-            weights = tl.dot(query, tl.trans(key), input_precision="ieee") * tl.exp(since)
+            weights = tl.dot(query, tl.trans(key), input_precision="tf32x3") * tl.exp(since)
             if ROUND:
-                out = tl.dot(query, state.to(query.dtype), input_precision="ieee") * tl.exp(decay)[:, None]
+                out = tl.dot(query, state.to(query.dtype), input_precision="tf32x3") * tl.exp(decay)[:, None]
             else:
-                out = tl.dot(query.to(tl.float32), state, input_precision="ieee") * tl.exp(decay)[:, None]
-            out = tl.dot(weights.to(value.dtype), value, out, input_precision="ieee")
+                out = tl.dot(query.to(tl.float32), state, input_precision="tf32x3") * tl.exp(decay)[:, None]
+            out = tl.dot(weights.to(value.dtype), value, out, input_precision="tf32x3")
             target = OUT + (run * length + token[:, None]) * VALUE_DIM + column[None, :]
             tl.store(target, out, mask=inside[:, None] & held)
         faded = (key.to(tl.float32) * tl.exp(whole - decay)[:, None]).to(value.dtype)
-        state = tl.dot(tl.trans(faded), value, state * tl.exp(whole), input_precision="ieee")
+        state = tl.dot(tl.trans(faded), value, state * tl.exp(whole), input_precision="tf32x3")
         total += whole
     tl.store(LAST + place, state, mask=kept)
     if tl.program_id(1) == 0:
@@ -193,7 +193,7 @@ def configuration(dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any
         "N": 32,
         # float16 does not hold every state
         "ROUND": dtype == torch.bfloat16,
-        "num_warps": 4,
+        "num_warps": 4 if max(dim, value_dim) <= 128 else 8,
         "num_stages": 2,
     }
 

@@ -32,20 +32,19 @@ def select_kernel(SCORE, COUNTS, OUT, tokens, TILE: tl.constexpr):
     # the scores above the threshold are taken; `found` are its bits so far
     found = tl.full([], 0, tl.uint32)
     for turn in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * turn
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, tokens, TILE):
             place = start + tl.arange(0, TILE)
             inside = place < tokens
             ordered = _ordered(SCORE, place, inside)
             if turn > 0:
-                inside = inside & (ordered >> (shift + 8) == found >> (shift + 8))
-            histogram += tl.histogram((ordered >> shift & 255).to(tl.int32), 256, mask=inside)
+                inside = inside & (ordered >> (32 - 8 * turn) == found >> (32 - 8 * turn))
+            histogram += tl.histogram((ordered >> (24 - 8 * turn) & 255).to(tl.int32), 256, mask=inside)
         # how many are in higher bins than each: the threshold lies in the one where that first is too few
         above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
         chosen = tl.min(tl.where(above < missing, bins, 255), 0)
         missing -= tl.sum(tl.where(bins == chosen, above, 0), 0)
-        found = found | (chosen.to(tl.uint32) << shift)
+        found = found | (chosen.to(tl.uint32) << (24 - 8 * turn))
     equals = tl.full([], 0, tl.int32)
     for start in range(0, tokens, TILE):
         place = start + tl.arange(0, TILE)

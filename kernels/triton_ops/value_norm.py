@@ -35,7 +35,7 @@ def value_norm_kernel(
             column = start + tl.arange(0, WIDTH)
             inside = (dim < DIM)[:, None] & (column < width)[None, :]
             weight = tl.load(matrix + dim[:, None] * width + column[None, :], mask=inside, other=0)
-            image = tl.dot(value, weight.to(value.dtype), input_precision="ieee")
+            image = tl.dot(value, weight.to(value.dtype), input_precision="tf32x3")
             if GRAM:
                 own = tl.load(
                     V + token[:, None] * v_row + column[None, :],

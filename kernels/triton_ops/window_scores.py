@@ -28,7 +28,7 @@ def _scores(
     )
     if UPCAST:
         keys, query = keys.to(tl.float32), query.to(tl.float32)
-    scores = tl.dot(keys, query, input_precision="ieee") * scale
+    scores = tl.dot(keys, query, input_precision="tf32x3") * scale
     if CAP:
         scores = tanh_capped(scores, cap)
     # query row g * window + w stands at column tokens - window + w
