@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import lm_eval
-from common import real_models, write_results
+from common import add_results, real_models
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -31,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "snapkv+turboquant": {"method": "snapkv+turboquant", "budget": 0.25, "bits": 4},
 }
+ALL = sorted(f"hfkv_{path.stem}" for path in TASKS.glob("[!_]*.yaml"))
 # of every kind of request: one answer after a context, several after one, texts that go on, generation
 TIMED = ("hfkv_niah_1", "hfkv_kv_20", "hfkv_rolling", "hfkv_passkey")
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
@@ -39,7 +40,7 @@ Answers = list[float | str]
 
 
 def answers(lm: Any, task: str, manager: TaskManager, limit: int) -> tuple[Answers, float]:
-    """What a model answers to the first documents of a task, and the seconds that answering takes."""
+    """What a model answers to the first documents of a task, and the seconds of the processor that answering takes."""
     seconds = [0.0]
     for name in REQUESTS:
         setattr(lm, name, timed(getattr(lm, name), seconds))
@@ -53,14 +54,14 @@ def answers(lm: Any, task: str, manager: TaskManager, limit: int) -> tuple[Answe
 
 
 def timed(function: Any, seconds: list[float]) -> Any:
-    """The function, which adds to `seconds[0]` how long it took."""
+    """The function, which adds to `seconds[0]` the processor time that it took."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds[0] += time.perf_counter() - start
+            seconds[0] += time.process_time() - start
 
     return run
 
@@ -81,11 +82,9 @@ def differences(one: Answers, other: Answers) -> tuple[float, float]:
 
 def scores(options: argparse.Namespace, manager: TaskManager) -> None:
     """Every task and method: differences to lm-eval's own model, and of a second run to the first."""
-    tasks = sorted(path.stem for path in TASKS.glob("[!_]*.yaml"))
-    rows = []
     for name, model, tokenizer in real_models([options.model]):
         given = {"tokenizer": tokenizer, "batch_size": options.batch_size}
-        for task in (f"hfkv_{stem}" for stem in tasks):
+        for task in options.tasks or ALL:
             unpatch_model(model)
             own, _ = answers(HFLM(model, **given), task, manager, options.limit)
             for method, chosen in METHODS.items():
@@ -104,17 +103,14 @@ def scores(options: argparse.Namespace, manager: TaskManager) -> None:
                     "relative_difference": relative,
                     "difference_of_a_second_run": differences(second, first)[0] if chosen else None,
                 }
-                rows.append(row)
-                print(row, flush=True)
-    write_results("lm_eval_scores", rows)
+                add_results("lm_eval_scores", row, ("model", "task", "method"))
 
 
 def speed(options: argparse.Namespace, manager: TaskManager) -> None:
-    """Seconds of lm-eval's own model and of ours with nothing lost, in turn; the median of the ratios of the rounds."""
-    rows = []
+    """Processor seconds of lm-eval's own model and of ours with nothing lost, in turn; the median of the ratios."""
     for name, model, tokenizer in real_models([options.model]):
         given = {"tokenizer": tokenizer, "batch_size": options.batch_size}
-        for task in TIMED:
+        for task in options.tasks or TIMED:
             taken = []
             for _ in range(ROUNDS):
                 unpatch_model(model)
@@ -133,14 +129,13 @@ def speed(options: argparse.Namespace, manager: TaskManager) -> None:
                 "lowest": min(ratios),
                 "highest": max(ratios),
             }
-            rows.append(row)
-            print(row, flush=True)
-    write_results("lm_eval_speed", rows)
+            add_results("lm_eval_speed", row, ("model", "task"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("scores", "speed"))
+    parser.add_argument("--tasks", nargs="+", choices=ALL, help="some of the tasks only; other rows stay")
     parser.add_argument("--limit", type=int, default=4, help="documents a task")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--model", default="smollm2")

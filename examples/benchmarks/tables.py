@@ -241,37 +241,6 @@ def tuning_table() -> str:
     return markdown(header, lines)
 
 
-def lm_eval_table() -> str:
-    """Differences to lm-eval's own scores over all tasks, and speed."""
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows("lm_eval_scores")):
-        own = [row for row in rows("lm_eval_scores") if row["method"] == method]
-        again = [float(row["difference_of_a_second_run"]) for row in own if row["difference_of_a_second_run"]]
-        lines.append(
-            [
-                method,
-                str(len(own)),
-                f"{max(float(row['relative_difference']) for row in own):.1e}",
-                f"{sum(float(row['relative_difference']) > 1e-5 for row in own)}",
-                f"{max(again):.1e}" if again else "-",
-            ]
-        )
-    header = ["method", "tasks", "largest difference to lm-eval", "tasks that differ", "of a second run"]
-    return markdown(header, lines)
-
-
-def lm_eval_speed_table() -> str:
-    """Speed of our lm-eval model with nothing lost."""
-    lines = [
-        [
-            row["task"],
-            f"{float(row['speed_to_lm_eval']):.2f} ({float(row['lowest']):.2f} to {float(row['highest']):.2f})",
-        ]
-        for row in rows("lm_eval_speed")
-    ]
-    return markdown(["task", "speed relative to lm-eval's own model (lowest to highest)"], lines)
-
-
 TABLES = {
     "pareto": pareto_figure,
     "speed": speed_table,
@@ -285,8 +254,6 @@ TABLES = {
     "yoco_prefill": yoco_prefill_table,
     "plans": plans_table,
     "tuning": tuning_table,
-    "lm_eval": lm_eval_table,
-    "lm_eval_speed": lm_eval_speed_table,
 }
 
 
