@@ -67,8 +67,14 @@ def test_an_owner_is_encoded_as_it_is_alone(codec, tokens):
             own = owners_ == owner
             none = torch.zeros(int(own.sum()), dtype=torch.long)
             alone = codec.decode(codec.encode(key_[own], value_[own], none), none)
-            for mine, theirs in zip(together, alone, strict=True):
-                torch.testing.assert_close(mine[own], theirs, rtol=1e-4, atol=1e-4)
+            for mine, theirs, exact in zip(together, alone, (key_[own], value_[own]), strict=True):
+                size = exact.norm(dim=1)
+                other = (mine[own] - theirs).norm(dim=1) > 1e-4 * size
+                # of two scales that are equally good rounding chooses, and it depends on the shape of a product
+                errors = [(decoded - exact).norm(dim=1) for decoded in (mine[own], theirs)]
+                as_good = (errors[0] - errors[1]).abs() <= 0.02 * errors[1] + 1e-3 * size
+                assert bool((~other | as_good).all())
+                assert float(other.float().mean()) <= 0.1
 
 
 @every_codec
