@@ -33,7 +33,7 @@ class Sequential(Method):
             `"auto"`, for every page the one that brings it back soonest (`sequential.auto`); or a page codec of your
             own.
         quality: of `residual`: the higher, the finer the step (see `sequential.residual`); None for its default.
-        basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at twice the bytes.
+        basis: of `residual`: what `hf-kvcache calibrate sequential` wrote; None to do without, at more bytes.
             With `auto`, `residual` is chosen only where one of these two allows it.
         bandwidth: of `auto`, bytes a second from the store; None to measure it.
         prefill_rate: of `auto`, tokens a second; None to measure it.

@@ -45,8 +45,8 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components are rounded to 1/quality; the mean square of a weighed channel is one over the calibration
-            texts, or without a basis that of every head over the page.
+        quality: components are rounded to 1/quality. With a basis, the second order predicts a KL of at most
+            0.05 / quality^2 nats a token (`calibration.sequential_basis`); without one, it is in deviations of a head.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
