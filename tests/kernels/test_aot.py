@@ -1,5 +1,6 @@
 """What the assemblers make of the Triton kernels: registers that spill, shared memory, instructions an element."""
 
+import ast
 import csv
 import os
 import subprocess
@@ -53,6 +54,14 @@ def test_every_kernel_compiles_for_every_target():
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
+def excused() -> set[tuple[str, str]]:
+    """The keys of EXCUSED in the script, which cannot be imported beside an interpreter."""
+    for node in ast.parse(SCRIPT.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "EXCUSED":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError(f"no EXCUSED in {SCRIPT}")
+
+
 def test_the_table_says_what_is_wrong():
     """Every line of the published table is within its budget and free of spills, or a known exception."""
     if not TABLE.exists():
@@ -60,7 +69,8 @@ def test_the_table_says_what_is_wrong():
     with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert {row["target"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    wrong = {(row["kernel"], row["target"]) for row in rows if row["wrong"]}
+    assert wrong == excused()
     for row in rows:
-        assert bool(row["wrong"]) == bool(row["excused"]), row
-        if row["budget"] and not row["excused"]:
+        if row["budget"]:
             assert float(row["instructions an element"]) <= float(row["budget"])
