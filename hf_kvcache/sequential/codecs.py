@@ -9,7 +9,7 @@ from hf_kvcache.sequential.auto import Auto
 from hf_kvcache.sequential.basis import Basis
 from hf_kvcache.sequential.lossless import Lossless
 from hf_kvcache.sequential.page import PageCodec
-from hf_kvcache.sequential.residual import Residual
+from hf_kvcache.sequential.residual import PLAIN_QUALITY, Residual
 from hf_kvcache.sequential.tokens import Tokens
 
 NAMES = (Lossless.name, Residual.name, Tokens.name, Auto.name)
@@ -60,4 +60,5 @@ def _residual(page_size: int, fingerprint: str, quality: float | None, basis: st
             f"the basis was made for the model {loaded.fingerprint}, this one is {fingerprint}; "
             "make one with hf-kvcache calibrate sequential"
         )
-    return Residual(Residual.quality if quality is None else quality, loaded, full=page_size)
+    default = PLAIN_QUALITY if loaded is None else Residual.quality
+    return Residual(default if quality is None else quality, loaded, full=page_size)
