@@ -105,8 +105,10 @@ def plot() -> None:
             markersize=7 if peer else 4,
         )
         if peer:
-            for share, kl, setting in own:
-                axes.annotate(setting, (1 / share, kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            for place, (share, kl, setting) in enumerate(own):
+                axes.annotate(
+                    setting, (1 / share, kl), xytext=(5, 4 - 12 * (place % 2)), textcoords="offset points", fontsize=8
+                )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = [1, 2, 4, 8, 16, 32, 64]
