@@ -98,7 +98,7 @@ def plot() -> None:
         axes.plot(
             [1 / share for share, _, _ in own],
             [kl for _, kl, _ in own],
-            "kx" if peer else "o-",
+            "x" if peer else "o-",
             color="black" if peer else f"C{index}",
             label="transformers' quantised caches" if peer else family,
             linewidth=1.2,
@@ -107,7 +107,7 @@ def plot() -> None:
         if peer:
             for place, (share, kl, setting) in enumerate(own):
                 axes.annotate(
-                    setting, (1 / share, kl), xytext=(5, 4 - 12 * (place % 2)), textcoords="offset points", fontsize=8
+                    setting, (1 / share, kl), xytext=(5, 12 * (place % 2) - 8), textcoords="offset points", fontsize=8
                 )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
