@@ -150,7 +150,6 @@ def published(full: int) -> list[dict[str, Any]]:
     for row in read_results("turboquant_fidelity"):
         if row["domain"] == "mean" and row["method"] in {
             *(f"turboquant {bits}" for bits in (4, 3, 2)),
-            *(f"paper mse {bits}" for bits in (4, 3, 2)),
             *(f"uniform channel {bits}" for bits in (4, 3, 2)),
         }:
             size = float(row["kv_bytes_of_full"]) * full
@@ -202,7 +201,7 @@ def main() -> None:
         rows += published(4 * basis.geometry.numbers * PREFIX)
     full = 2 * basis.geometry.numbers * PREFIX
     goals = []
-    for rival in ("turboquant 4", "turboquant 3", "paper mse 4", "paper mse 3", "uniform channel 4"):
+    for rival in ("turboquant 4", "turboquant 3", "uniform channel 4"):
         target = next((row for row in rows if row["codec"] == rival), None)
         for prefix in ("residual step ", "residual uncalibrated step "):
             size = None if target is None else bytes_at(rows, prefix, target["kl"])
