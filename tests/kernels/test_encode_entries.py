@@ -9,13 +9,16 @@ import torch
 from hf_kvcache.codecs import TurboQuantCodec
 from hf_kvcache.codecs.codebooks import cubic, lloyd_max
 from hf_kvcache.codecs.rotation import rotation
-from hf_kvcache.kernels import encode_entries as module
 from hf_kvcache.kernels.code_attention import levels_of
 from hf_kvcache.kernels.encode_entries import encode_entries, encode_entries_reference
 from hf_kvcache.segment import Segment
 from hf_kvcache.stores import DeviceStore
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.usefixtures("interpreted"),
+]
+REFERENCES = ("hf_kvcache.kernels.encode_entries._quantise",)
 
 CPU = torch.device("cpu")
 FACTORS = ((0.9, 1.0, 1.1), (0.92, 1.04))
@@ -27,20 +30,6 @@ def combinations():
     """Every dtype, width and size with every other one; by default as many as see each of them three times."""
     for (a, dtype), (b, bits), (c, size) in itertools.product(*map(enumerate, (DTYPES, WIDTHS, SIZES))):
         yield pytest.param(dtype, bits, *size, marks=[] if (a + b + c) % 3 == 0 else pytest.mark.slow)
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Sends CPU tensors to the kernel."""
-    monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
-
-
-@pytest.fixture
-def no_reference(monkeypatch):
-    def refuse(*arguments):
-        raise AssertionError("the PyTorch version was called")
-
-    monkeypatch.setattr(module, "_quantise", refuse)
 
 
 def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

@@ -18,35 +18,21 @@ from hf_kvcache.testing import assert_close
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+pytestmark = pytest.mark.usefixtures("interpreted")
+REFERENCES = (
+    "hf_kvcache.kernels.code_attention._attend",
+    "hf_kvcache.kernels.decode_attention._additive",
+    "hf_kvcache.kernels.ragged_attention._by_stretch",
+    "torch.logaddexp",
+    "torch.logsumexp",
+)
+
 HALF = 2.0**-11  # relative rounding of float16
 
 BITS = pytest.mark.parametrize("bits", [4, 3, 2])
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
 )
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Sends CPU tensors to the kernels."""
-    monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
-
-
-@pytest.fixture
-def no_reference(monkeypatch):
-    """Fails a test in which a PyTorch version computes."""
-
-    def refuse(*arguments):
-        raise AssertionError("the PyTorch version was called")
-
-    for module in (
-        "hf_kvcache.kernels.code_attention._attend",
-        "hf_kvcache.kernels.decode_attention._additive",
-        "hf_kvcache.kernels.ragged_attention._by_stretch",
-        "torch.logaddexp",
-        "torch.logsumexp",
-    ):
-        monkeypatch.setattr(module, refuse)
 
 
 def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

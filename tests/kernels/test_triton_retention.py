@@ -5,21 +5,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from hf_kvcache.kernels import gated_retention as module
 from hf_kvcache.kernels.gated_retention import gated_retention
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Sends CPU tensors to the kernels, and fails a test in which the PyTorch version computes."""
-
-    def refuse(*arguments):
-        raise AssertionError("the PyTorch version was called")
-
-    monkeypatch.setenv("HF_KVCACHE_BACKEND", "triton")
-    monkeypatch.setattr(module, "decay_matrix", refuse)
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.usefixtures("interpreted", "no_reference"),
+]
+REFERENCES = ("hf_kvcache.kernels.gated_retention.decay_matrix",)
 
 
 def inputs(length, key_dim=16, value_dim=24, dtype=torch.float32, batch=2, heads=2, state=True, strength=0.25):
