@@ -17,17 +17,32 @@ LIBRARY.define("window_scores(Tensor query, Tensor key, float scale, float softc
 
 @torch.library.impl(LIBRARY, "window_scores", "CompositeExplicitAutograd")
 def window_scores_reference(query: Tensor, key: Tensor, scale: float, softcap: float) -> Tensor:
+    length = query.shape[3]
+    # in place: where the tensor of all pairs is large, making another takes longer than any of these lines
+    scores = causal_logits(query, key, key.shape[2] - length, scale, softcap)
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    share = 1 / (scores.sum(-1) * length)
+    return torch.matmul(share.unsqueeze(-2), scores).squeeze(-2)
+
+
+def causal_logits(query: Tensor, key: Tensor, first: int, scale: float, softcap: float) -> Tensor:
+    """S `[B, H_kv, G, W, T]` in float32, the lowest number where a query sees nothing.
+
+    Args:
+        query, key: `[B, H_kv, G, W, D]` and `[B, H_kv, T, D]`.
+        first: the column at which the first query stands.
+        scale, softcap: factor of the scores, and their tanh cap, 0 for none.
+    """
     length, tokens = query.shape[3], key.shape[2]
-    # one tensor of all pairs, in place: where it is large, making another takes longer than any of these lines
+    # the factor goes to the queries and the mask to the last columns alone: there are many more scores than those
     scaled = query.float().flatten(2, 3) * (scale / (softcap or 1.0))
     scores = torch.matmul(scaled, key.float().transpose(-1, -2)).unflatten(2, (-1, length))
     if softcap > 0:
         scores.tanh_().mul_(softcap)
-    column = torch.arange(length, device=key.device)
-    scores[..., tokens - length :].masked_fill_(column > column[:, None], torch.finfo(scores.dtype).min)
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    share = 1 / (scores.sum(-1) * length)
-    return torch.matmul(share.unsqueeze(-2), scores).squeeze(-2)
+    column = torch.arange(first, tokens, device=key.device)
+    future = column > column[:length, None]
+    scores[..., first:].masked_fill_(future, torch.finfo(scores.dtype).min)
+    return scores
 
 
 with_triton("window_scores", window_scores_reference)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_kvcache.kernels.window_scores import window_scores
+from hf_kvcache.kernels.window_scores import causal_logits, window_scores
 
 # scores of at most so many (query, key) pairs are in memory at once
 PAIRS_AT_ONCE = 1 << 22
@@ -144,18 +144,9 @@ class Observation:
 
     def _logits(self, query: Tensor, first: int) -> Tensor:
         """Attention logits of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
-        length = query.shape[3]
-        # the factor goes to the queries and the mask to the last columns alone: there are many more scores than those
-        scaled = query.flatten(2, 3) * (self.scale / (self.softcap or 1.0))
-        scores = torch.matmul(scaled, self.key.float().transpose(-1, -2)).unflatten(2, (-1, length))
-        if self.softcap:
-            scores.tanh_().mul_(self.softcap)
-        lowest = torch.finfo(scores.dtype).min
-        column = torch.arange(first, self.num_tokens, device=scores.device)
-        future = column > torch.arange(first, first + length, device=scores.device)[:, None]
-        scores[..., first:].masked_fill_(future, lowest)
+        scores = causal_logits(query, self.key, first, self.scale, self.softcap)
         if self.valid is not None:
-            scores.masked_fill_(~self.valid[:, :, None, None], lowest)
+            scores.masked_fill_(~self.valid[:, :, None, None], torch.finfo(scores.dtype).min)
         return scores
 
 
