@@ -16,6 +16,7 @@ from common import read_results as rows
 
 # the texts that every library was run on
 DOCUMENTS = ("topics", "play")
+LIBRARIES = {"ours": "hf_kvcache", "kvpress": "kvpress 0.5.5", "transformers": "transformers"}
 PEER_FIGURES = {
     "bytes_share": "{:.3f}",
     "bytes_share_after_steps": "{:.3f}",
@@ -127,7 +128,6 @@ def retrieval_table() -> str:
 
 def peers_table() -> str:
     """Ours, kvpress and transformers by one protocol: the mean over the documents that all were run on."""
-    names = {"ours": "hf_kvcache", "kvpress": "kvpress 0.5.5", "transformers": "transformers"}
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows("peers"):
         if row["document"] in DOCUMENTS and not row["error"]:
@@ -138,7 +138,7 @@ def peers_table() -> str:
         if len(found) == len(DOCUMENTS):
             figures = [sum(float(row[key]) for row in found) / len(found) for key in PEER_FIGURES]
             shown = [form.format(figure) for form, figure in zip(PEER_FIGURES.values(), figures, strict=True)]
-            lines.append([method, names[backend], f"{float(kept):.0%}", *shown])
+            lines.append([method, LIBRARIES[backend], f"{float(kept):.0%}", *shown])
     header = ["method", "library", "tokens kept", "bytes after the prefill", "after two steps"]
     return markdown([*header, "KL", "recall", "needles"], lines)
 
@@ -181,7 +181,6 @@ def pareto_figure() -> str:
 
 def plans_table() -> str:
     """Measured plans beside single methods of all libraries, by the ratio asked for: means over the documents."""
-    names = {"ours": "hf_kvcache", "kvpress": "kvpress 0.5.5", "transformers": "transformers"}
     found: dict[tuple[int, str, str], list[dict[str, str]]] = {}
     for row in rows("plans"):
         if not row["error"]:
@@ -207,7 +206,7 @@ def plans_table() -> str:
         )
         held = f"{smaller:.2f}" if smaller > ratio / 2 else f"{smaller:.2f}: keeps everything and masks"
         shown = [f"{kl:.4f}", f"{recall:.2f}", f"{accuracy:.2f}", f"{nll:.2f}"]
-        lines.append((ratio, kl, [str(ratio), method, names[backend], held, *shown]))
+        lines.append((ratio, kl, [str(ratio), method, LIBRARIES[backend], held, *shown]))
     header = ["asked", "method", "library", "times smaller", "KL", "recall", "needles", "their NLL"]
     return markdown(header, [line for _, _, line in sorted(lines, key=lambda line: line[:2])])
 
