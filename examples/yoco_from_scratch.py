@@ -35,8 +35,8 @@ class Budget:
         rate: the highest learning rate.
     """
 
-    tokens: int = 600_000
-    recall_steps: int = 2000
+    tokens: int = 1_000_000
+    recall_steps: int = 3000
     width: int = 256
     layers: int = 6
     heads: int = 4
@@ -94,7 +94,7 @@ def encode(files: Sequence[Path], vocabulary: int, folder: Path) -> tuple[Tensor
 def train(
     model: PreTrainedModel, batches: Callable[[int], tuple[Tensor, Tensor]], steps: int, rate: float, stop: Any = None
 ) -> list[tuple[int, float]]:
-    """AdamW with warm-up and cosine; returns (step, loss) now and then.
+    """AdamW with warm-up and cosine, in mixed precision (weights in float32); returns (step, loss) now and then.
 
     Args:
         batches: step -> ids and labels.
@@ -113,7 +113,8 @@ def train(
     model.train()
     for step in range(steps):
         ids, labels = batches(step)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        with torch.autocast(model.device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -180,10 +181,10 @@ def recall_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def recall_accuracy(model: PreTrainedModel, contexts: int = 64) -> float:
+def recall_accuracy(model: PreTrainedModel, contexts: int, seed: int) -> float:
     """Share of values that are predicted right, in contexts that training has not seen."""
     model.eval()
-    ids, labels = recall_batch(contexts, seed=10**6)
+    ids, labels = recall_batch(contexts, seed)
     found = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
     asked = labels[:, 1:] != -100
     right = (found == labels[:, 1:])[asked]
@@ -205,10 +206,10 @@ def train_on_recall(name: str, seed: int, budget: Budget) -> dict[str, Any]:
         lambda step: recall_batch(32, offset + step),
         budget.recall_steps,
         2e-3,
-        stop=lambda: recall_accuracy(model, 16) >= 0.999,
+        stop=lambda: recall_accuracy(model, 256, seed=10**6) >= 0.999,
     )
     seconds = time.process_time() - began
-    accuracy = recall_accuracy(model, 512)
+    accuracy = recall_accuracy(model, 512, seed=10**6 + 1)
     return {"parameters": count(model), "seconds": seconds, "curve": curve, "accuracy": accuracy}
 
 

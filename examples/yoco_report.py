@@ -19,7 +19,7 @@ Runs = dict[str, dict[str, Any]]
 
 
 def write_comparison(folder: Path, runs: Runs, table: Path | None = None) -> None:
-    """Writes `comparison.csv`, or another file, and `loss.png`, and prints the table."""
+    """Writes `comparison.csv`, or another file, and the plot beside it, and prints the table."""
     budget = json.loads((folder / "budget.json").read_text())
     rows = [row | made_by() for row in [*text_rows(runs, budget), *recall_rows(runs)]]
     path = table or folder / "comparison.csv"
@@ -29,8 +29,8 @@ def write_comparison(folder: Path, runs: Runs, table: Path | None = None) -> Non
         writer.writerows(rows)
     for row in rows:
         print({name: value for name, value in row.items() if name not in made_by() and value != ""})
-    plot(folder / "loss.png", runs)
-    print(f"wrote {path} and {folder / 'loss.png'}")
+    plot(path.with_suffix(".png"), runs)
+    print(f"wrote {path} and {path.with_suffix('.png')}")
 
 
 def of(runs: Runs, task: str, model: str) -> list[dict[str, Any]]:
