@@ -5,29 +5,31 @@
 
 The prompt is a prefix of so many tokens of a manual and a question of 32. `prefill` reads all of it; `lossless` and
 `residual` adopt the prefix from pages in a folder and read the question; `raw` loads the prefix as one safetensors file
-(`KVCache.save`) and reads the question. Files are warm in the system's cache. `speedup` is against prefill.
+(`KVCache.save`) and reads the question. Files are warm in the system's cache. `speedup` is against prefill. With one
+thread seconds are the processor's.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from common import windows, write_results
+from interleaved import now
 from sequential_rate import cache_of, read_prompt, texts
 from torch import Tensor
 
-from hf_kvcache import Sequential, load_cache, patch_model
+from hf_kvcache import Sequential, load_cache, patch_model, unpatch_model
 from hf_kvcache.fingerprint import weights_digest
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.real_models import REAL_MODELS
 from hf_kvcache.sequential.basis import Basis
 from hf_kvcache.sequential.codecs import make_codec
 from hf_kvcache.sequential.page import PageCodec
+from hf_kvcache.sequential.residual import Residual
 from hf_kvcache.sequential.store import PrefixStore
 
 QUESTION = 32
@@ -67,18 +69,18 @@ def prepare(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
 
 def first_token(model: Any, ids: Tensor, cache: Any = None) -> tuple[float, int]:
     """Seconds of a call of generate that makes one token, and the token."""
-    began = time.perf_counter()
+    began = now()
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=1, do_sample=False
     )
-    return time.perf_counter() - began, int(out[0, -1])
+    return now() - began, int(out[0, -1])
 
 
 def loaded(model: Any, ids: Tensor, path: Path) -> tuple[float, int]:
-    began = time.perf_counter()
+    began = now()
     cache = load_cache(model, path)
     _, token = first_token(model, ids, cache)
-    return time.perf_counter() - began, token
+    return now() - began, token
 
 
 def measure(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder: Path, options: Any) -> None:
@@ -89,10 +91,10 @@ def measure(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
         times: dict[str, list[float]] = {}
         tokens: dict[str, int] = {}
         adopted: dict[str, int] = {}
-        patch_model(model, None)
         for _ in range(options.prefills):
             seconds, tokens["prefill"] = first_token(model, ids)
             times.setdefault("prefill", []).append(seconds)
+        patch_model(model, None)
         for _ in range(options.repetitions):
             seconds, tokens["raw"] = loaded(model, ids, folder / f"{length}.safetensors")
             times.setdefault("raw", []).append(seconds)
@@ -103,6 +105,7 @@ def measure(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
                 seconds, tokens[name] = first_token(model, ids)
                 times.setdefault(name, []).append(seconds)
                 adopted[name] = store.counts.adopted_tokens
+        unpatch_model(model)
         for name, measured in times.items():
             rows.append(
                 {
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--basis", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 7680])
-    parser.add_argument("--quality", type=float, default=2.5)
+    parser.add_argument("--quality", type=float, default=Residual.quality)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--prefills", type=int, default=1)
     options = parser.parse_args()
