@@ -1,6 +1,7 @@
 """The residual codec of `sequential`: fidelity against bytes on disk, beside TurboQuant and KIVI's grids. Float32.
 
     python examples/benchmarks/sequential_rate.py            # needs results/turboquant_fidelity.csv of the same windows
+    python examples/benchmarks/sequential_rate.py --plot     # draws the picture of an existing CSV again
 
 The first 1024 tokens of a window are the prompt. Its keys and values are written as four page files, read back, and the
 next 160 tokens are teacher-forced through what was read. KL is KL(untouched || restored), in nats a token. Bytes are
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import TEST_TEXTS, evaluation_texts, read_results, windows, write_results
+from common import RESULTS, TEST_TEXTS, evaluation_texts, read_results, windows, write_results
 from torch import Tensor
 
 from hf_kvcache import KVCache, new_cache, patch_model, unpatch_model
@@ -41,9 +42,16 @@ from hf_kvcache.sequential.residual import Residual
 
 PREFIX, SCORED, PAGE = 1024, 160, 256
 ROOT = "0" * 64
-# rounding steps in deviations of a channel
-STEPS = (0.25, 0.35, 0.5, 0.7, 1.0)
-PLAIN_STEPS = (0.18, 0.25, 0.35, 0.5)
+# rounding steps, 1/quality: with a basis in the unit of the calibration, without one in deviations of a head
+STEPS = (0.1, 0.14, 0.2, 0.28, 0.4)
+PLAIN_STEPS = (0.25, 0.3, 0.35, 0.5)
+# what the picture shows: the beginning of a codec's name, and the line's label
+CURVES = {
+    "residual step ": "residual, calibrated",
+    "residual uncalibrated step ": "residual, no calibration",
+    "turboquant ": "turboquant",
+    "uniform channel ": "uniform, keys by channel (KIVI's grids)",
+}
 
 
 def texts() -> dict[str, str]:
@@ -161,18 +169,49 @@ def published(full: int) -> list[dict[str, Any]]:
     return rows
 
 
-def bytes_at(rows: list[dict[str, Any]], prefix: str, kl: float) -> float | None:
-    """Bytes at which a codec reaches a KL, between the two measured steps around it (log-linear)."""
-    curve = sorted(
-        (row["kl"], row["bytes"])
-        for row in rows
-        if row["domain"] == "mean" and row["codec"].startswith(prefix) and row["codec"][len(prefix)].isdigit()
-    )
-    for (low, more), (high, less) in itertools.pairwise(curve):
+def ratio_at(rows: list[dict[str, Any]], prefix: str, kl: float) -> float | None:
+    """How many times smaller a codec is at a KL, between the two measured steps around it (log-linear)."""
+    for (low, more, _), (high, less, _) in itertools.pairwise(curve(rows, prefix)):
         if low <= kl <= high:
             share = (np.log(kl) - np.log(low)) / (np.log(high) - np.log(low))
             return float(np.exp(np.log(more) + share * (np.log(less) - np.log(more))))
     return None
+
+
+def curve(rows: list[dict[str, Any]], prefix: str) -> list[tuple[float, float, str]]:
+    """KL, ratio and setting of the means of a codec's settings, by KL."""
+    return sorted(
+        (float(row["kl"]), float(row["ratio"]), row["codec"].removeprefix(prefix))
+        for row in rows
+        if row["domain"] == "mean" and row["codec"].startswith(prefix) and row["codec"][len(prefix)].isdigit()
+    )
+
+
+def plot(name: str) -> None:
+    """Draws KL against how many times smaller than 16 bits, both logarithmic."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for prefix, label in CURVES.items():
+        points = curve(read_results(name), prefix)
+        if points:
+            axes.plot([ratio for _, ratio, _ in points], [kl for kl, _, _ in points], "o-", label=label, markersize=4)
+        for kl, ratio, setting in points:
+            if " step " not in prefix:
+                axes.annotate(f"{setting} bits", (ratio, kl), xytext=(5, -9), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    ticks = [3, 4, 6, 8, 12, 16, 24]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{tick}x" for tick in ticks])
+    axes.set_xlabel("bytes on disk: how many times less than 16 bits a number")
+    axes.set_ylabel("KL, nats a token (less is better)")
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(RESULTS / f"{name}.png", dpi=110)
 
 
 def main() -> None:
@@ -184,7 +223,11 @@ def main() -> None:
     parser.add_argument("--steps", type=float, nargs="+", default=STEPS)
     parser.add_argument("--plain-steps", type=float, nargs="+", default=PLAIN_STEPS)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 1024 tokens")
+    parser.add_argument("--plot", action="store_true", help="only draw the CSV again")
     options = parser.parse_args()
+    name = "sequential_rate" if options.model == "smollm2" else f"sequential_rate_{options.model}"
+    if options.plot:
+        return plot(name)
     torch.set_grad_enabled(False)
     model, tokenizer = REAL_MODELS[options.model].load()
     if options.basis is not None and options.basis.exists():
@@ -196,7 +239,6 @@ def main() -> None:
     print(f"basis: {basis.nbytes:,} bytes")
     chosen = codecs(basis, options.steps, options.plain_steps)
     rows = measure(model, tokenizer, chosen, options.windows, options.domains)
-    name = "sequential_rate" if options.model == "smollm2" else f"sequential_rate_{options.model}"
     if options.model == "smollm2":
         rows += published(4 * basis.geometry.numbers * PREFIX)
     full = 2 * basis.geometry.numbers * PREFIX
@@ -204,17 +246,18 @@ def main() -> None:
     for rival in ("turboquant 4", "turboquant 3", "uniform channel 4"):
         target = next((row for row in rows if row["codec"] == rival), None)
         for prefix in ("residual step ", "residual uncalibrated step "):
-            size = None if target is None else bytes_at(rows, prefix, target["kl"])
-            if size is not None:
+            ratio = None if target is None else ratio_at(rows, prefix, target["kl"])
+            if ratio is not None:
                 goals.append(
                     {
                         "codec": f"{prefix.removesuffix(' step ')} at the KL of {rival}",
                         "windows": options.windows,
                         "domain": "mean",
                     }
-                    | {"kl": target["kl"], "loss_increase": None, "top1": None, "bytes": size, "ratio": full / size}
+                    | {"kl": target["kl"], "loss_increase": None, "top1": None, "bytes": full / ratio, "ratio": ratio}
                 )
     write_results(name, [{**row, "basis_bytes": basis.nbytes} for row in rows + goals])
+    plot(name)
 
 
 if __name__ == "__main__":
