@@ -29,8 +29,8 @@ def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
 
 def positions_wanted(config: Any, *, logits_to_keep: int | Tensor = 0, labels: Any = None, **kwargs: Any) -> int:
     """For how many last positions of a forward with these arguments anything is asked of the upper layers; 0: all."""
-    hidden = kwargs.get("output_hidden_states", config.output_hidden_states)
-    return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not hidden else 0
+    inner = any(kwargs.get(name, getattr(config, name)) for name in ("output_hidden_states", "output_attentions"))
+    return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not inner else 0
 
 
 def widened(wanted: int, spec: CacheSpec, mask: Tensor | None) -> int:

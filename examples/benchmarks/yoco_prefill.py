@@ -1,7 +1,9 @@
 """Prefill of YOCO against a Transformer of the same size, by length: seconds and peak memory. Random weights, float32.
 
-Both make the logits of the last position and a filled cache. Times are taken in turn within one process; the peak is
-the high-water mark of a process of its own, above what it held before the prefill.
+Both make the logits of the last position and a filled cache. Times are taken in turn within one process, with one
+thread (`OMP_NUM_THREADS=1`) the processor's; the peak is the high-water mark of a process of its own, above what it
+held before the prefill. The Transformer reads the prompt at once, as it does by itself; so does `yoco-half`. The
+original YOCO reads it in parts (`self_decoder_chunk_size`).
 
     python examples/benchmarks/yoco_prefill.py [--lengths 2048 4096 8192 16384] [--repetitions 2]
 
@@ -13,12 +15,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from common import add_results
+from interleaved import now
 
 from hf_kvcache import patch_model, report
 
@@ -53,9 +55,9 @@ def ids_of(length: int) -> torch.Tensor:
 @torch.no_grad()
 def prefill(model, ids: torch.Tensor) -> tuple[float, int]:
     """One prefill: its time and the bytes of its cache."""
-    start = time.perf_counter()
+    start = now()
     cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-    return time.perf_counter() - start, report(cache).bytes
+    return now() - start, report(cache).bytes
 
 
 def memory(name: str) -> int:

@@ -150,6 +150,36 @@ def test_early_exit_is_exact_and_skips_the_upper_layers(kind, method, positions)
 
 
 @every_kind
+@pytest.mark.parametrize("method", ["unpatched", "none", "turboquant", "snapkv"])
+@pytest.mark.parametrize("size", [5, 7, 16, 20])
+def test_a_prompt_may_be_read_in_parts(kind, method, size):
+    model = patched_or_not(kind, method)
+    if method == "snapkv":
+        # looks at as many of the last queries, which run through the upper layers too
+        patch_model(unpatch_model(model), method, window=4, budget=0.5)
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (33, 21)])
+    for asked in ({}, {"attention_mask": mask}):
+        model.config.self_decoder_chunk_size = None
+        whole = model(ids, logits_to_keep=1, **asked)
+        tokens = greedy(model, ids, **asked)
+        model.config.self_decoder_chunk_size = size
+        with torch.no_grad():
+            parts = model(ids, logits_to_keep=1, **asked)
+        close(parts.logits, whole.logits.detach())
+        assert live_bytes(parts.past_key_values) <= live_bytes(whole.past_key_values)
+        assert torch.equal(greedy(model, ids, **asked), tokens)
+    # the largest part that a layer was given
+    largest: list[int] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: largest.append(output.shape[1]))
+    logits(model, ids, logits_to_keep=1)
+    assert max(largest) == size and sum(largest) == 33
+    # what is wanted of more positions than a part has comes from one part
+    largest.clear()
+    close(logits(model, ids, logits_to_keep=22), logits(model, ids)[:, -22:])
+    assert largest == [33, 33]
+
+
+@every_kind
 def test_generated_tokens_do_not_depend_on_early_exit(kind):
     model, ids = model_of(kind), random_ids(batch=2, length=17)
     expected = greedy(model, ids)
@@ -162,10 +192,13 @@ def test_generated_tokens_do_not_depend_on_early_exit(kind):
     assert torch.equal(greedy(model, ids), expected)
 
 
-def test_hidden_states_are_of_all_positions():
-    model, ids = model_of("retention"), random_ids(length=9)
-    found = model(ids, logits_to_keep=1, output_hidden_states=True).hidden_states
-    assert all(hidden.shape[1] == 9 for hidden in found)
+def test_what_is_inside_is_of_all_positions():
+    model, ids = model_of("window", self_decoder_chunk_size=4), random_ids(length=9)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        found = model(ids, logits_to_keep=1, output_hidden_states=True, output_attentions=True)
+    assert [hidden.shape[1] for hidden in found.hidden_states] == [9] * (len(model.model.layers) + 1)
+    assert [weights.shape[2] for weights in found.attentions] == [9] * len(model.model.layers)
 
 
 # the cache

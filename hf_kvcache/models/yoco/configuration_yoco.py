@@ -24,6 +24,8 @@ class YocoConfig(PreTrainedConfig):
         num_key_value_heads: KV heads of the cross-decoder; the self-decoder has as many as query heads, as published.
         gate_logit_normalizer: tau, which brings the decay of gated retention near 1.
         retention_chunk_size: tokens that retention computes in parallel; the result does not depend on it.
+        self_decoder_chunk_size: tokens of a prompt that the self-decoder reads at once where the cross-decoder is
+            skipped; bounds the memory of a prefill, the result does not depend on it. None to read a prompt at once.
         early_exit: run the cross-decoder only for the positions whose logits are asked for (`logits_to_keep`, which is
             1 in `generate`). This is exact. False runs all layers over all positions.
 
@@ -46,6 +48,7 @@ class YocoConfig(PreTrainedConfig):
     sliding_window: int | None = 1024
     gate_logit_normalizer: int | float = 16
     retention_chunk_size: int = 256
+    self_decoder_chunk_size: int | None = 2048
     early_exit: bool = True
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
@@ -99,6 +102,10 @@ class YocoConfig(PreTrainedConfig):
                     "give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.self_decoder_chunk_size is not None and self.self_decoder_chunk_size < 1:
+            raise ValueError(
+                f"self_decoder_chunk_size must be at least 1 token, or None, got {self.self_decoder_chunk_size}"
+            )
         if self.self_decoder == "window":
             self._check_window()
         else:

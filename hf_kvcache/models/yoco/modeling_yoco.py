@@ -15,144 +15,27 @@ Different from it: RoPE has transformers' frequencies and layout.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_kvcache.attention import attend_windows
-from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
+from hf_kvcache.models.yoco.mixers import RetentionProjection, Rotary, YocoAttention, YocoRetention, by_blocks
 from hf_kvcache.patches.early_exit import POSITIONS, positions_wanted
-
-Rotary = tuple[Tensor, Tensor]
-
-
-class _Projection(nn.Linear):
-    """A matrix of retention: without a bias, and with an initial gain of its own."""
-
-    def __init__(self, inputs: int, outputs: int, gain: float) -> None:
-        super().__init__(inputs, outputs, bias=False)
-        self.gain = gain
-
-
-class YocoRetention(nn.Module):
-    """Gated retention with per-head normalisation and a SiLU gate: the default mixer of the self-decoder.
-
-    Its state `[B, H, d, d]` is all that later tokens need of earlier ones.
-    """
-
-    def __init__(self, config: YocoConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        width = config.num_attention_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
-            _Projection(config.hidden_size, width, gain=2**-2.5) for _ in range(4)
-        )
-        self.decay_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
-        self.o_proj = _Projection(width, config.hidden_size, gain=2**-1)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rotary,
-        token_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        key = key * self.head_dim**-0.5
-        log_decay = functional.logsigmoid(self.decay_proj(hidden_states).float()) / self.config.gate_logit_normalizer
-        log_decay = log_decay.transpose(1, 2)
-        if token_mask is not None:
-            # padding neither enters the state nor fades it
-            key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
-        state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
-        out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
-        if past_key_values is not None:
-            past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
-        out = functional.rms_norm(out, (self.head_dim,), eps=self.config.rms_norm_eps)
-        out = out.transpose(1, 2).flatten(2) * functional.silu(self.gate_proj(hidden_states))
-        return self.o_proj(out), None
-
-
-class YocoAttention(nn.Module):
-    """Softmax attention: over a window of its own keys and values, or, in the cross-decoder, over the shared ones.
-
-    Args:
-        own_kv: whether it makes keys and values itself.
-    """
-
-    def __init__(self, config: YocoConfig, layer_idx: int, own_kv: bool) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
-        self.scaling, self.attention_dropout, self.is_causal = config.head_dim**-0.5, config.attention_dropout, True
-        heads, width = config.num_attention_heads, config.num_attention_heads * config.head_dim
-        self.num_key_value_groups = 1 if own_kv else heads // config.num_key_value_heads
-        self.sliding_window = config.sliding_window if own_kv else None
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
-        if own_kv:
-            self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, width, bias=False) for _ in range(2))
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Rotary,
-        attention_mask: Tensor | None = None,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        if key is None:
-            key, value = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.k_proj, self.v_proj))
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-        else:
-            query = apply_rotary_pos_emb(query, query[:, :1], *position_embeddings)[0]
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attend = partial(
-            function,
-            self,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        window = self.sliding_window
-        # a layer of our cache stands for key and value, and does the same by itself
-        if window and _by_blocks(self.config, attention_mask, query.shape[2], window) and isinstance(key, Tensor):
-            out = attend_windows(lambda *block: attend(*block)[0], query, key, value, window)
-            weights = None
-        else:
-            out, weights = attend(query, key, value, attention_mask)
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class YocoDecoderLayer(GradientCheckpointingLayer):
@@ -213,7 +96,7 @@ class YocoPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-        elif isinstance(module, _Projection):
+        elif isinstance(module, RetentionProjection):
             init.xavier_uniform_(module.weight, gain=module.gain)
         elif isinstance(module, nn.Linear):
             init.kaiming_uniform_(module.weight, a=5**0.5)
@@ -277,8 +160,6 @@ class YocoModel(YocoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
         if self.gradient_checkpointing and self.training:
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:
@@ -286,40 +167,35 @@ class YocoModel(YocoPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 2 and bool(attention_mask.all()):
             attention_mask = None
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = inputs_embeds.shape[1]
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        batch, length = given.shape[:2]
         if position_ids is None:
-            position_ids = torch.arange(seen, seen + length, device=inputs_embeds.device).unsqueeze(0)
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        masks = {"full": create_causal_mask(**arguments)}
-        if _by_blocks(self.config, attention_mask, length, self.config.sliding_window):
-            masks["below"] = None
-        elif self.config.self_decoder == "window":
-            masks["below"] = create_sliding_window_causal_mask(**arguments)
-        else:
-            masks["token"] = _token_mask(attention_mask, length)
-        hidden_states = inputs_embeds * self.config.hidden_size**0.5
-        rotary = self.rotary_emb(hidden_states, position_ids=position_ids)
-        below = self.config.num_self_decoder_layers
-        for layer in self.layers[:below]:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks.get("below"),
-                token_mask=masks.get("token"),
-                position_embeddings=rotary,
-                past_key_values=past_key_values,
+            position_ids = torch.arange(seen, seen + length, device=given.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            # what matters of it is its shape, dtype and device
+            inputs_embeds=self.embed_tokens.weight[:1].expand(batch, length, -1).to(given.device),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        early = 0 < positions_to_keep < length
+        found = []
+        for part in self._parts(length, positions_to_keep if early else length, attention_mask, past_key_values):
+            hidden_states, rotary = self._self_decoder(
+                self.embed_tokens(given[:, part]) if inputs_embeds is None else given[:, part],
+                None if attention_mask is None else attention_mask[..., : seen + part.stop],
+                position_ids[:, part],
+                past_key_values,
                 **kwargs,
             )
-        key, value = self.shared_kv(hidden_states, rotary)
+            found.append(self.shared_kv(hidden_states, rotary))
+        key, value = found[0] if len(found) == 1 else (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+        below = self.config.num_self_decoder_layers
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, below)
-        mask = masks["full"]
-        if 0 < positions_to_keep < length:
+        if early:
             hidden_states = hidden_states[:, -positions_to_keep:]
             rotary = tuple(table[:, -positions_to_keep:] for table in rotary)
             mask = _last_rows(mask, positions_to_keep, seen + length, hidden_states)
@@ -327,15 +203,53 @@ class YocoModel(YocoPreTrainedModel):
             hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _parts(self, length: int, wanted: int, mask: Tensor | None, cache: Cache | None) -> list[slice]:
+        """The parts of a prompt that the self-decoder reads one after the other; the last holds what is wanted above.
 
-def _by_blocks(config: YocoConfig, mask: Tensor | None, length: int, window: int | None) -> bool:
-    """Whether a window is short enough to be attended block by block, without a mask of the whole length.
+        The cache carries its state from part to part, so that a prefill has the memory of one part and of the shared
+        key and value. Gradients do not pass through a cache.
+        """
+        size = self.config.self_decoder_chunk_size
+        whole = mask is not None and mask.dim() != 2
+        if size is None or wanted > size or cache is None or whole or torch.is_grad_enabled():
+            return [slice(0, length)]
+        ends = range(length, 0, -size)
+        return [slice(max(end - size, 0), end) for end in reversed(ends)]
 
-    Padding needs that mask, eager attention takes another kind, and Flash has windows of its own.
-    """
-    if window is None or length <= window or not (mask is None or (mask.dim() == 2 and bool(mask.all()))):
-        return False
-    return config._attn_implementation in ("sdpa", "hf_kvcache")
+    def _self_decoder(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Rotary]:
+        """Hidden states `[B, T, D]` behind the self-decoder, and the tables of RoPE at their positions."""
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "position_ids": position_ids,
+        }
+        window_mask = token_mask = None
+        length = inputs_embeds.shape[1]
+        if self.config.self_decoder == "retention":
+            token_mask = _token_mask(attention_mask, length)
+        elif not by_blocks(self.config, attention_mask, length, self.config.sliding_window):
+            window_mask = create_sliding_window_causal_mask(**arguments)
+        hidden_states = inputs_embeds * self.config.hidden_size**0.5
+        rotary = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers[: self.config.num_self_decoder_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=window_mask,
+                token_mask=token_mask,
+                position_embeddings=rotary,
+                past_key_values=cache,
+                **kwargs,
+            )
+        return hidden_states, rotary
 
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
