@@ -54,7 +54,9 @@ def weights_digest(module: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta" and tensor.numel():
             flat = tensor.detach().reshape(-1)
-            places = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLED_ROWS)).long()
+            count = min(len(flat), SAMPLED_ROWS)
+            # in whole numbers: those of float32 pass the end of a large tensor
+            places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)
             digest.update(flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
     digest.update(_adapters(module).encode())
     return digest.hexdigest()

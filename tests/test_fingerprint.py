@@ -1,0 +1,34 @@
+"""What is hashed of a model's weights."""
+
+import torch
+from torch import nn
+
+from hf_kvcache.fingerprint import weights_digest
+
+
+def test_a_tensor_larger_than_whole_numbers_in_float32_is_sampled():
+    module = nn.Module()
+    # a number of elements that float32 rounds up
+    module.register_buffer("large", torch.zeros(28_311_553, dtype=torch.int8))
+    before = weights_digest(module)
+    module.large[-1] = 1
+    assert weights_digest(module) != before
+
+
+def test_the_digest_knows_names_shapes_dtypes_and_numbers():
+    def digest(name, tensor):
+        module = nn.Module()
+        module.register_buffer(name, tensor)
+        return weights_digest(module)
+
+    found = [
+        digest("a", torch.zeros(4)),
+        digest("b", torch.zeros(4)),
+        digest("a", torch.zeros(2, 2)),
+        digest("a", torch.zeros(4, dtype=torch.float64)),
+        digest("a", torch.tensor([0.0, 0.0, 1.0, 0.0])),
+        digest("a", torch.zeros(1)),
+        digest("a", torch.zeros(0)),
+    ]
+    assert len(set(found)) == len(found)
+    assert digest("a", torch.zeros(4)) == found[0]
