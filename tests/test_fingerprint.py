@@ -8,8 +8,8 @@ from hf_kvcache.fingerprint import weights_digest
 
 def test_a_tensor_larger_than_whole_numbers_in_float32_is_sampled():
     module = nn.Module()
-    # a number of elements that float32 rounds up
-    module.register_buffer("large", torch.zeros(28_311_553, dtype=torch.int8))
+    # float32 rounds the last index up
+    module.register_buffer("large", torch.zeros(28_311_552, dtype=torch.int8))
     before = weights_digest(module)
     module.large[-1] = 1
     assert weights_digest(module) != before

@@ -173,6 +173,60 @@ def yoco_prefill_table() -> str:
     return markdown(["model", *(f"{length:,d} tokens" for length in lengths), "KV bytes at the last"], lines)
 
 
+def yoco_scratch_table() -> str:
+    """Validation loss and associative recall of small models trained alike."""
+    found = rows("yoco_from_scratch")
+    lines = []
+    for row in found:
+        if row["task"] == "text":
+            recall = [other for other in found if other["task"] == "recall" and other["model"] == row["model"]]
+            lines.append(
+                [
+                    row["model"],
+                    f"{int(row['parameters']):,d}",
+                    f"{row['loss']} ({row['loss_low']} to {row['loss_high']})",
+                    f"{row['difference']} ({row['difference_low']} to {row['difference_high']})",
+                    row["difference_by_seed"],
+                    _recall(recall),
+                ]
+            )
+    control = [row for row in found if row["model"] == "window-only"]
+    lines.append(["windows in all layers (control)", "", "", "", "", _recall(control)])
+    return markdown(
+        ["model", "parameters", "validation loss", "less the Transformer's", "by seed", "recall, by seed (steps)"],
+        lines,
+    )
+
+
+def _recall(found: list[dict[str, str]]) -> str:
+    return ", ".join(f"{float(row['accuracy']):.1%} ({row['steps']})" for row in found)
+
+
+def yoco_conversion_table() -> str:
+    """SmolLM2 turned into YOCO, by the layers that keep their KV and the training tokens, next to KVSharer."""
+    found = sorted(rows("yoco_conversion"), key=lambda row: (-int(row["split"]), int(row["tokens"]), float(row["kl"])))
+    lines = []
+    for row in found:
+        name = {"untouched": "untouched", "kvsharer": "KVSharer, healed"}.get(row["arm"], f'`init="{row["arm"]}"`')
+        lines.append(
+            [
+                f"{row['split']} of 30",
+                name,
+                f"{int(row['tokens']):,d}",
+                f"{float(row['kv_bytes_of_full']):.3f}",
+                f"{float(row['kl']):.3f}",
+                f"{float(row['loss_increase']):+.3f}",
+                f"{float(row['top1']):.2f}",
+                *(f"{float(row[f'{task} accuracy']):.2f} ({float(row[f'{task} nll']):.2f})" for task in RETRIEVAL),
+            ]
+        )
+    header = ["keep KV", "model", "training tokens", "KV bytes", "KL", "loss", "same top token"]
+    return markdown([*header, "needle (NLL)", "20 pairs (NLL)"], lines)
+
+
+RETRIEVAL = ("niah-1", "kv-20")
+
+
 def pareto_figure() -> str:
     """The plot of `pareto.py`, where it was drawn."""
     drawn = (RESULTS / "pareto.png").exists()
@@ -251,6 +305,8 @@ TABLES = {
     "quantisation": quantisation_table,
     "retrieval": retrieval_table,
     "yoco_prefill": yoco_prefill_table,
+    "yoco_from_scratch": yoco_scratch_table,
+    "yoco_conversion": yoco_conversion_table,
     "plans": plans_table,
     "tuning": tuning_table,
 }
