@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import windows, write_results
-from sequential_rate import cache_of, read_prompt, texts
+from fidelity import texts
+from sequential_rate import cache_of, read_prompt
 from torch import Tensor
 
 from hf_kvcache import patch_model

@@ -9,7 +9,8 @@ those of the files, headers, ids and checksums included; the basis, one file a m
 16 bits a number. The basis is calibrated on the shipped sample, the domains tested are others.
 
 TurboQuant and KIVI's grids (`uniform channel`: keys by channel, values by token) are read from the results of
-`turboquant.py fidelity`, which measures the same windows; their bytes are what the cache holds.
+`turboquant.py fidelity`, which measures the same windows; their bytes are what the cache holds. Of another model than
+SmolLM2 TurboQuant is measured here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, TEST_TEXTS, evaluation_texts, read_results, windows, write_results
+from common import RESULTS, read_results, windows, write_results
+from fidelity import PREFIX, SCORED, Fidelity, texts
 from torch import Tensor
 
 from hf_kvcache import KVCache, new_cache, patch_model, unpatch_model
@@ -40,7 +42,7 @@ from hf_kvcache.sequential.lossless import Lossless
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.residual import Residual
 
-PREFIX, SCORED, PAGE = 1024, 160, 256
+PAGE = 256
 ROOT = "0" * 64
 # rounding steps, 1/quality: with a basis in the unit of the calibration, without one in about the deviations of heads
 STEPS = (0.1, 0.14, 0.2, 0.28, 0.4)
@@ -52,11 +54,6 @@ CURVES = {
     "turboquant ": "turboquant",
     "uniform channel ": "uniform, keys by channel (KIVI's grids)",
 }
-
-
-def texts() -> dict[str, str]:
-    """Five domains, none of them in the calibration sample."""
-    return {**evaluation_texts(), "novel": (TEST_TEXTS / "novel.txt").read_text(encoding="utf-8")}
 
 
 def read_prompt(model: Any, ids: Tensor) -> tuple[list[Page], Context]:
@@ -152,10 +149,18 @@ def measure(
     return [{"codec": name, "windows": count, **row} for name, rows in scores.items() for row in rows]
 
 
-def published(full: int) -> list[dict[str, Any]]:
-    """The rows of TurboQuant and of KIVI's grids on the same windows; `full` bytes are the prompt in float32."""
+def rivals(model: Any, tokenizer: Any, name: str, count: int, full: int) -> list[dict[str, Any]]:
+    """The rows of TurboQuant and of KIVI's grids on the same windows; `full` bytes are the prompt in float32.
+
+    Those of SmolLM2 are published already; of another model they are measured.
+    """
+    if name == "smollm2":
+        found = read_results("turboquant_fidelity")
+    else:
+        protocol = Fidelity(model, tokenizer, count)
+        found = [row for bits in (4, 3) for row in protocol.of_method(f"turboquant {bits}", "turboquant", bits=bits)]
     rows = []
-    for row in read_results("turboquant_fidelity"):
+    for row in found:
         if row["domain"] == "mean" and row["method"] in {
             *(f"turboquant {bits}" for bits in (4, 3, 2)),
             *(f"uniform channel {bits}" for bits in (4, 3, 2)),
@@ -239,9 +244,8 @@ def main() -> None:
     print(f"basis: {basis.nbytes:,} bytes")
     chosen = codecs(basis, options.steps, options.plain_steps)
     rows = measure(model, tokenizer, chosen, options.windows, options.domains)
-    if options.model == "smollm2":
-        rows += published(4 * basis.geometry.numbers * PREFIX)
     full = 2 * basis.geometry.numbers * PREFIX
+    rows += rivals(model, tokenizer, options.model, options.windows, 2 * full)
     goals = []
     for rival in ("turboquant 4", "turboquant 3", "uniform channel 4"):
         target = next((row for row in rows if row["codec"] == rival), None)

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from common import windows, write_results
+from fidelity import texts
 from interleaved import now
-from sequential_rate import cache_of, read_prompt, texts
+from sequential_rate import cache_of, read_prompt
 from torch import Tensor
 
 from hf_kvcache import Sequential, load_cache, patch_model, unpatch_model

@@ -15,7 +15,7 @@ import time
 
 import torch
 from common import windows, write_results
-from sequential_rate import texts
+from fidelity import texts
 
 from hf_kvcache.real_models import REAL_MODELS
 from hf_kvcache.sequential import lm_coder
