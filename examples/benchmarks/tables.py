@@ -227,6 +227,27 @@ def yoco_conversion_table() -> str:
 RETRIEVAL = ("niah-1", "kv-20")
 
 
+def restore_table() -> str:
+    """Time to the first token with a prefix in the store: how many times as fast as prefill, by length."""
+    found = {(row["way"], int(row["prefix"])): row for row in rows("sequential_restore")}
+    lengths = sorted({length for _, length in found})
+    names = {"raw": "`load_cache` of one file", "lossless": "pages, `lossless`", "residual": "pages, `residual`"}
+    lines = [
+        [name, *(f"{float(found[way, length]['speedup']):.1f}" for length in lengths)] for way, name in names.items()
+    ]
+    prefill = [f"{float(found['prefill', length]['seconds']):.1f} s" for length in lengths]
+    return markdown(["", *(f"{length:,d} tokens" for length in lengths)], [["prefill", *prefill], *lines])
+
+
+def predictors_table() -> str:
+    """How well keys and values can be predicted."""
+    lines = [
+        [row["predictor"], *(f"{float(row[kind]):.2f}" if row[kind] else "-" for kind in ("key", "value"))]
+        for row in rows("sequential_predictors")
+    ]
+    return markdown(["predicted from", "R2 of keys", "R2 of values"], lines)
+
+
 def pareto_figure() -> str:
     """The plot of `pareto.py`, where it was drawn."""
     drawn = (RESULTS / "pareto.png").exists()
@@ -307,6 +328,8 @@ TABLES = {
     "yoco_prefill": yoco_prefill_table,
     "yoco_from_scratch": yoco_scratch_table,
     "yoco_conversion": yoco_conversion_table,
+    "restore": restore_table,
+    "predictors": predictors_table,
     "plans": plans_table,
     "tuning": tuning_table,
 }
