@@ -3,10 +3,10 @@
     python examples/benchmarks/sequential_restore.py prepare --folder /tmp/restore --basis basis.safetensors
     python examples/benchmarks/sequential_restore.py measure --folder /tmp/restore --basis basis.safetensors
 
-The prompt is a prefix of so many tokens of a manual and a question of 32. `prefill` reads all of it; `lossless` and
-`residual` adopt the prefix from pages in a folder and read the question; `raw` loads the prefix as one safetensors file
-(`KVCache.save`) and reads the question. Files are warm in the system's cache. `speedup` is against prefill. With one
-thread seconds are the processor's.
+The prompt is a prefix of so many tokens of a manual and a question of 32, another one in every repetition. `prefill`
+reads all of it; `lossless` and `residual` adopt the prefix from pages in a folder and read the question; `raw` loads
+the prefix as one safetensors file (`KVCache.save`) and reads the question. Files are warm in the system's cache.
+`speedup` is against prefill. With one thread seconds are the processor's.
 """
 
 from __future__ import annotations
@@ -100,10 +100,12 @@ def measure(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
             seconds, tokens["raw"] = loaded(model, ids, folder / f"{length}.safetensors")
             times.setdefault("raw", []).append(seconds)
         for name, codec in codecs(basis, options.quality, basis.fingerprint).items():
-            for _ in range(options.repetitions):
+            for repetition in range(options.repetitions):
                 store = PrefixStore(folder / name)
                 patch_model(model, Sequential(store=store, codec=codec))
-                seconds, tokens[name] = first_token(model, ids)
+                # what one repetition asks, and the store keeps, the next one does not; the last one asks as the others
+                question = ids[:, length:].roll(options.repetitions - 1 - repetition, dims=1)
+                seconds, tokens[name] = first_token(model, torch.cat([ids[:, :length], question], dim=1))
                 times.setdefault(name, []).append(seconds)
                 adopted[name] = store.counts.adopted_tokens
         unpatch_model(model)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hf_kvcache import safefile
 from hf_kvcache.sequential.page import Geometry
@@ -50,13 +51,13 @@ class Part:
         weighed = by_head(channels - self.mean, self.weights)
         return weighed if self.transform is None else weighed @ self.transform
 
-    def backward(self, components: Tensor, rows: Tensor) -> Tensor:
-        """Channels `[n, C]` of the components `[n, R]` that are not zero, `rows` of them."""
+    def backward(self, components: Tensor) -> Tensor:
+        """Channels `[n, C]` of the first components, `[n, R]`; the others are zero."""
+        first = components.shape[1]
         if self.transform is None:
-            weighed = components.new_zeros(len(components), len(self.mean))
-            weighed[:, rows] = components
+            weighed = functional.pad(components, (0, len(self.mean) - first))
         else:
-            weighed = components @ self.transform.T[rows]
+            weighed = components @ self.transform[:, :first].T
         return by_head(weighed, self._inverse) + self.mean
 
     @cached_property

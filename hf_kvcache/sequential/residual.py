@@ -174,8 +174,8 @@ def _sizes(codes: np.ndarray, classes: np.ndarray, centres: Any, quality: float)
     table = np.frombuffer(centres, dtype=np.int8).reshape(CLASSES, SIZES).astype(np.float32) / 256
     table = np.concatenate([np.zeros((CLASSES, 1), np.float32), table], axis=1)
     size = np.abs(codes)
-    moved = table[classes[:, None], np.minimum(size, SIZES)]
-    return (np.sign(codes) * (size + moved) / quality).astype(np.float32)
+    moved = table.take(np.minimum(size, SIZES) + (SIZES + 1) * classes.astype(np.int32)[:, None])
+    return np.copysign(size + moved, codes, dtype=np.float32) / np.float32(quality)
 
 
 def _decoded(components: np.ndarray, parts: tuple[Part, ...], geometry: Geometry) -> tuple[dict[int, Tensor], ...]:
@@ -183,11 +183,11 @@ def _decoded(components: np.ndarray, parts: tuple[Part, ...], geometry: Geometry
     result: tuple[dict[int, Tensor], ...] = ({}, {})
     first = 0
     for part in parts:
-        own = torch.from_numpy(components[first : first + len(part.mean)])
+        own = components[first : first + len(part.mean)]
         first += len(part.mean)
-        # components that are zero throughout cost nothing
-        used = own.any(1).nonzero()[:, 0]
-        channels = part.backward(own[used].T, used)
+        # the last components, which are the smallest, are often zero throughout
+        used = np.flatnonzero(own.any(1)).max(initial=-1) + 1
+        channels = part.backward(torch.from_numpy(own[:used].T))
         for kind, found in zip(result, scatter(channels, part.members, geometry), strict=True):
             kind.update(found)
     return result
