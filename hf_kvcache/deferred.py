@@ -35,7 +35,7 @@ def settle(cache: KVCache, mask: Tensor | None, run: RunDecoder) -> None:
         groups = [(rows, torch.arange(prompt))]
     else:
         # rows of different lengths are judged one by one, as if each had come alone
-        groups = [([row], valid[index].nonzero()[:, 0]) for index, row in enumerate(rows)]
+        groups = [([row], valid[index].nonzero()[:, 0].cpu()) for index, row in enumerate(rows)]
     kept = [torch.zeros(len(rows), layer.tail.key.shape[1], prompt, dtype=torch.bool) for layer in layers]
     for group, columns in groups:
         if not len(columns):
@@ -68,7 +68,7 @@ def _decide(
         layer.observe_pending(rows, columns, policy.scorer.replays)
     try:
         if policy.scorer.replays:
-            ids = cache.prompt_ids.to(columns.device)[rows][:, columns]
+            ids = cache.prompt_ids[rows][:, columns.to(cache.prompt_ids.device)]
             for start, end, tokens in policy.scorer.passes(ids):
                 with _replaying(cache, layers, rows, start, end):
                     positions = torch.arange(len(columns), len(columns) + tokens.shape[1]).expand(len(rows), -1)

@@ -47,25 +47,23 @@ def weights_digest(module: torch.nn.Module) -> str:
     """Hashes a sample of every parameter and buffer, and which adapters are in force: 64 hexadecimal digits.
 
     Unlike the fingerprint it differs between a model and its fine-tuned or adapted version, in other dtypes, and after
-    every training step. It is a sample: a change of single numbers by hand can escape it.
+    every training step. It is a sample: a change of single numbers by hand can escape it. It takes some milliseconds,
+    and is taken anew for every prompt: nothing cheaper notices what is written through `Parameter.data`.
     """
     digest = hashlib.sha256()
+    samples: dict[torch.device, list[torch.Tensor]] = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.device.type != "meta" and tensor.numel():
-            flat = tensor.detach().reshape(-1)
-            count = min(len(flat), SAMPLED_ROWS)
+            count = min(tensor.numel(), SAMPLED_ROWS)
             # in whole numbers: those of float32 pass the end of a large tensor
-            places = torch.arange(count) * (len(flat) - 1) // max(count - 1, 1)
-            digest.update(flat[places.to(flat.device)].cpu().view(torch.uint8).numpy().tobytes())
+            places = torch.arange(count, device=tensor.device) * (tensor.numel() - 1) // max(count - 1, 1)
+            sample = torch.take(tensor.detach(), places)
+            samples.setdefault(tensor.device, []).append(sample.view(torch.uint8))
+    for own in samples.values():
+        digest.update(torch.cat(own).cpu().numpy().tobytes())
     digest.update(_adapters(module).encode())
     return digest.hexdigest()
-
-
-def weights_state(module: torch.nn.Module) -> tuple:
-    """What changes whenever `weights_digest` may: cheap to ask before every prompt."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors), _adapters(module)
 
 
 def _adapters(module: torch.nn.Module) -> str:

@@ -24,7 +24,7 @@ from hf_kvcache.patches import early_exit, residual
 from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.patches.compiled import CompiledDecode
-from hf_kvcache.patches.prefix import WeightsMemo, adopt_prefix, store_prefix
+from hf_kvcache.patches.prefix import adopt_prefix, store_prefix
 from hf_kvcache.patches.saving import save_pretrained
 from hf_kvcache.spec import CacheSpec
 
@@ -240,7 +240,6 @@ class BeforeDecoder:
 
     def __init__(self, spec: CacheSpec, name: str, adapter: Adapter) -> None:
         self.spec, self.name, self.adapter = spec, name, adapter
-        self.weights = None if spec.prefix is None else WeightsMemo()
 
     def __call__(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         if args:
@@ -257,8 +256,8 @@ class BeforeDecoder:
         self._check(decoder, kwargs)
         if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
             cache.remember_prompt(kwargs["input_ids"])
-        if isinstance(cache, KVCache) and self.weights is not None:
-            adopt_prefix(decoder, cache, kwargs, self.adapter, self.weights)
+        if isinstance(cache, KVCache) and self.spec.prefix is not None:
+            adopt_prefix(decoder, cache, kwargs, self.adapter)
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
         if (cache is None or checkpointing) and not self.spec.sharing.is_identity:
             if checkpointing and reentrant_checkpointing(decoder):
@@ -293,6 +292,12 @@ class BeforeDecoder:
                 raise NotImplementedError(
                     "a 4-D attention mask cannot be combined with a sealed cache, expected a 2-D mask of padding; "
                     "pass one, or use_cache=False"
+                )
+            given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+            if given is not None and not cache.replaying and cache.batch_size not in (-1, len(given)):
+                raise ValueError(
+                    f"the cache holds {cache.batch_size} rows and the input has {len(given)}; give as many, or repeat "
+                    "those of the cache with cache.batch_repeat_interleave(n)"
                 )
         if decoder.config._attn_implementation != self.name:
             raise RuntimeError(
@@ -359,19 +364,23 @@ def prepare_cache_for_generation(
         return
     else:
         cache = model_kwargs["past_key_values"] = KVCache(spec)
+    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    rows, length = prompt_shape(model_kwargs)
     if not cache.get_seq_length():
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        cache.expect(prompt_length(model_kwargs), copies)
+        cache.expect(length, copies)
+    elif cache.batch_size * copies == rows:
+        # the prompt comes as often as there are beams or samples, and so must what was read before
+        cache.batch_repeat_interleave(copies)
     if generation_config.is_assistant:
         # what it drafts is rolled back
         cache.activate_past_recording()
 
 
-def prompt_length(model_kwargs: dict[str, Any]) -> int:
-    """The tokens of the prompt, padding included, as `generate` knows them before the first forward."""
+def prompt_shape(model_kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of the prompt, padding included, as `generate` knows them before the first forward."""
     for name in ("attention_mask", "position_ids", "inputs_embeds"):
         if isinstance(model_kwargs.get(name), torch.Tensor):
-            return model_kwargs[name].shape[1]
+            return tuple(model_kwargs[name].shape[:2])
     raise RuntimeError(
         "generate gave neither an attention mask nor position ids, so the length of the prompt is unknown; "
         "pass attention_mask"

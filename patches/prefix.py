@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
-from hf_kvcache.fingerprint import weights_digest, weights_state
+from hf_kvcache.fingerprint import weights_digest
 from hf_kvcache.patches.adapter import Adapter, home
 
 if TYPE_CHECKING:
@@ -25,26 +25,7 @@ BY_TOKEN = ("input_ids", "position_ids", "cache_position")
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
-class WeightsMemo:
-    """The digest of a decoder's weights, computed again when they may have changed; "" where it cannot be had."""
-
-    def __init__(self) -> None:
-        self._state: tuple | None = None
-        self._digest = ""
-
-    def of(self, decoder: nn.Module) -> str:
-        if any(tensor.device.type == "meta" for tensor in decoder.parameters()):
-            # weights that are elsewhere cannot be told from others
-            return ""
-        state = weights_state(decoder)
-        if state != self._state:
-            self._state, self._digest = state, weights_digest(decoder)
-        return self._digest
-
-
-def adopt_prefix(
-    decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], adapter: Adapter, memo: WeightsMemo
-) -> None:
+def adopt_prefix(decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], adapter: Adapter) -> None:
     """Has the layers of `cache` adopt what the store has of a forward, and takes those tokens out of its arguments."""
     session = cache.prompts
     if session is None or not session.active:
@@ -54,11 +35,11 @@ def adopt_prefix(
     if ids is None or not _plain(decoder, ids.device) or not _in_order(positions, mask, cache, ids.shape[1]):
         session.stop()
         return
-    weights = memo.of(decoder)
-    if not weights:
+    if any(tensor.device.type == "meta" for tensor in decoder.parameters()):
+        # weights that are elsewhere cannot be told from others
         session.stop()
         return
-    facts = model_facts(decoder, cache, adapter, weights)
+    facts = model_facts(decoder, cache, adapter, weights_digest(decoder))
     producers = cache.producers
     adopted = session.before(ids, mask, facts, list(producers.values()))
     for name in BY_TOKEN:

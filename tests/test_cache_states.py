@@ -1,5 +1,7 @@
 """States that a cache gets into off the main road: early exits, failed forwards, right padding, reuse after beams."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,43 @@ def test_a_cache_of_beams_can_be_emptied_and_used_for_other_prompts():
         expected = model(ids, use_cache=False).logits
         torch.testing.assert_close(model(ids, past_key_values=cache).logits, expected)
     assert cache.layers[0].segments[0].rows == (0, 1)
+
+
+@pytest.mark.parametrize("method", [None, "turboquant", "snapkv", SHARED], ids=str)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_a_filled_cache_serves_beams(method, options):
+    model = patch_model(tiny_model("llama"), method)
+    ids = random_ids(batch=2, length=30)
+    with torch.no_grad():
+        cache = model(ids[:, :24], use_cache=True).past_key_values
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(options["num_beams"])
+    found = greedy(model, ids, past_key_values=cache, **options)
+    assert torch.equal(found, greedy(model, ids, past_key_values=repeated, **options))
+    assert len(found) == 2 * options.get("num_return_sequences", 1)
+    if method is None:
+        assert torch.equal(found, greedy(model, ids, **options))
+
+
+def test_a_filled_cache_serves_several_samples():
+    model, ids = patch_model(tiny_model("llama"), "turboquant"), random_ids(length=30)
+    with torch.no_grad():
+        cache = model(ids[:, :24], use_cache=True).past_key_values
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": True, "top_k": 1}
+    found = model.generate(ids, past_key_values=cache, num_return_sequences=3, pad_token_id=0, **options)
+    assert found.shape == (3, 34) and (found == found[0]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "yoco"])
+def test_a_cache_of_other_rows_is_refused(family, rows):
+    model = patch_model(tiny_model(family), None)
+    with torch.no_grad():
+        cache = model(random_ids(batch=2, length=9), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=f"holds 2 rows and the input has {rows}"):
+            model(random_ids(batch=rows, length=3), past_key_values=cache)
+        model(random_ids(batch=2, length=3), past_key_values=cache)
+    assert cache.get_seq_length() == 12
 
 
 def test_checkpointed_training_with_a_cache_passed_still_shares():
