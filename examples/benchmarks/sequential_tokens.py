@@ -38,7 +38,8 @@ def main() -> None:
     ended = time.perf_counter()
     width, _ = pack_ids(ids.reshape(-1).numpy())
     config = model.config
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
     turboquant = 4.25 * numbers
     row = {
         "tokens": ids.numel(),
