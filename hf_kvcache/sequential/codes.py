@@ -65,15 +65,19 @@ def unpack_codes(sections: Mapping[str, Any], shape: tuple[int, int]) -> tuple[n
     order = _order(classes)
     tables = rans.Tables.of(frequencies)
     symbols = rans.decode(sections["states"], sections["words"], shape[1], classes[order], tables)
-    high = symbols.astype(np.int32) - MOST
-    far = symbols == ESCAPE
+    high = symbols.astype(np.int32)
+    high -= MOST
+    far = np.flatnonzero(symbols == ESCAPE)
     values = np.frombuffer(sections["far"], dtype="<i4")
-    if len(values) != int(far.sum()):
-        raise PageError(f"a page has {len(values)} far codes, expected {int(far.sum())}")
-    high[far] = values
+    if len(values) != len(far):
+        raise PageError(f"a page has {len(values)} far codes, expected {len(far)}")
+    high.reshape(-1)[far] = values
     shift = SHIFT[classes[order]]
+    low = _from_low_bits(sections["low"], shift, shape[1])
+    # the rows with low bits are the first ones
+    high[: len(low)] = high[: len(low)] << shift[: len(low), None] | low
     codes = np.zeros(shape, dtype=np.int32)
-    codes[order] = high << shift[:, None] | _from_low_bits(sections["low"], shift, shape[1])
+    codes[order] = high
     return codes, classes
 
 
@@ -113,13 +117,15 @@ def _low_bits(rows: np.ndarray, shift: np.ndarray) -> bytes:
 
 
 def _from_low_bits(data: Any, shift: np.ndarray, tokens: int) -> np.ndarray:
+    """The low bits of the rows that have some, `[R, tokens]`; `shift` falls from row to row."""
     total = tokens * int(shift.sum())
     if len(data) != -(-total // 8):
         raise PageError(f"{total} low bits do not fit {len(data)} bytes")
     bits = np.unpackbits(np.frombuffer(data, np.uint8), count=total)
+    shift = shift[shift > 0]
     low = np.zeros((len(shift), tokens), dtype=np.int32)
     first = 0
-    for width in np.unique(shift[shift > 0]):
+    for width in np.unique(shift):
         rows = shift == width
         size = int(rows.sum()) * tokens * int(width)
         own = bits[first : first + size].reshape(-1, tokens, width).astype(np.int32)

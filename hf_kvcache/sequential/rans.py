@@ -20,7 +20,7 @@ TOTAL = 1 << PRECISION
 # states stay in [LOWEST, LOWEST << 16)
 LOWEST = 1 << 16
 # rows that are coded at once: more make short work of numpy's overhead, and take four bytes each a column
-LANES = 4
+LANES = 8
 
 
 @dataclass(frozen=True)

@@ -171,11 +171,15 @@ def _sizes(codes: np.ndarray, classes: np.ndarray, centres: Any, quality: float)
     """Components `[J, n]`, float32, of codes."""
     if centres is None or len(centres) != CLASSES * SIZES:
         raise PageError(f"a coded page must have {CLASSES} times {SIZES} centres")
-    table = np.frombuffer(centres, dtype=np.int8).reshape(CLASSES, SIZES).astype(np.float32) / 256
-    table = np.concatenate([np.zeros((CLASSES, 1), np.float32), table], axis=1)
-    size = np.abs(codes)
-    moved = table.take(np.minimum(size, SIZES) + (SIZES + 1) * classes.astype(np.int32)[:, None])
-    return np.copysign(size + moved, codes, dtype=np.float32) / np.float32(quality)
+    moved = np.frombuffer(centres, dtype=np.int8).reshape(CLASSES, SIZES).astype(np.float32) / 256
+    # what to add to a code: by class, and by the code from -SIZES to SIZES
+    table = np.concatenate([-moved[:, ::-1], np.zeros((CLASSES, 1), np.float32), moved], axis=1)
+    index = np.clip(codes, -SIZES, SIZES)
+    index += (table.shape[1] * classes.astype(np.int32) + SIZES)[:, None]
+    sizes = table.take(index)
+    sizes += codes
+    sizes /= np.float32(quality)
+    return sizes
 
 
 def _decoded(components: np.ndarray, parts: tuple[Part, ...], geometry: Geometry) -> tuple[dict[int, Tensor], ...]:
