@@ -272,3 +272,7 @@ def main() -> None:
     except (ValueError, TypeError, NotImplementedError, FileNotFoundError, ModuleNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """The command line: lists, calibrates, reports, and answers a mistake with one line and exit code 2."""
 
+import subprocess
 import sys
 
 import pytest
@@ -25,6 +26,13 @@ def test_methods_lists_every_method(monkeypatch, capsys):
     assert code == 0
     for name, method in METHODS.items():
         assert name in out and method.slot in out
+
+
+@pytest.mark.parametrize("module", ["hf_kvcache", "hf_kvcache.cli"])
+def test_the_module_is_the_command(module):
+    """As `accelerate launch -m` starts it."""
+    done = subprocess.run([sys.executable, "-m", module, "methods"], capture_output=True, text=True)
+    assert done.returncode == 0 and "snapkv" in done.stdout, done.stderr
 
 
 def test_report_reads_plans_and_caches(monkeypatch, capsys, tmp_path):
