@@ -63,7 +63,8 @@ def continued(model: Any, cache: Any, ids: Tensor, position: int) -> Continuatio
     kv_bytes = cache_bytes(cache)
     positions = torch.arange(position, position + ids.shape[1] - 1, device=ids.device)[None]
     logits = model(input_ids=ids[:, :-1], past_key_values=cache, position_ids=positions).logits
-    return Continuation(logits[0].float().log_softmax(-1), ids[0, 1:], kv_bytes)
+    # a model that is spread over devices may predict on another one than it reads
+    return Continuation(logits[0].float().log_softmax(-1), ids[0, 1:].to(logits.device), kv_bytes)
 
 
 def kl_divergence(full: Continuation, other: Continuation) -> float:
