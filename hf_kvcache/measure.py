@@ -88,16 +88,24 @@ class Speed:
 @torch.no_grad()
 def speed(model: Any, ids: Tensor, steps: int) -> Speed:
     """Times one prefill of `ids` `[1, T]` and `steps` greedy decode steps after it."""
-    start = time.perf_counter()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    start = _now(devices)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - start
+    prefill = _now(devices) - start
     times = []
     for _ in range(steps):
         token = out.logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
+        start = _now(devices)
         out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
-        times.append(time.perf_counter() - start)
+        times.append(_now(devices) - start)
     return Speed(prefill, median(times))
+
+
+def _now(devices: Iterable[torch.device]) -> float:
+    """The time when CUDA devices have done what they were asked: a call returns before its kernels have run."""
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def cache_bytes(cache: Any) -> int:

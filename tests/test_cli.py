@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from hf_kvcache import METHODS, SharingPlan, new_cache, patch_model
-from hf_kvcache.cli import main
+from hf_kvcache import METHODS, SharingPlan, measure_heads, new_cache, patch_model
+from hf_kvcache.cli import load_model, main
 from hf_kvcache.testing import random_ids, tiny_model
 
 
@@ -19,6 +22,15 @@ def run(monkeypatch, capsys, *arguments):
         main()
     captured = capsys.readouterr()
     return stop.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a model in 16 bits and a tokenizer of one token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").half().save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(folder)
+    return folder
 
 
 def test_methods_lists_every_method(monkeypatch, capsys):
@@ -60,10 +72,24 @@ def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys)
         (("report", "absent.safetensors"), "there is no file"),
         (("calibrate", "kvsharer", "smollm2", "-o", "plan.safetensors", "--share", "2"), "share must be"),
         (("unheard-of",), "No such command"),
+        (("tune", "absent", "-o", "plan"), "expected the folder or name of a model, or 'smollm2', got 'absent'"),
+        (("tune", "smollm2", "-o", "plan", "--dtype", "int8"), "--dtype must be one of float32"),
+        (("tune", "{tiny}", "-o", "plan", "--device", "abacus"), "--device must be 'auto' or one the model can run on"),
     ],
-    ids=["nothing", "file", "option", "command"],
+    ids=["nothing", "file", "option", "command", "model", "dtype", "device"],
 )
-def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, arguments, words):
+def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, tiny, arguments, words):
     monkeypatch.chdir(tmp_path)
-    code, _, errors = run(monkeypatch, capsys, *arguments)
+    code, _, errors = run(monkeypatch, capsys, *(argument.format(tiny=tiny) for argument in arguments))
     assert code == 2 and words in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_model_is_loaded_in_the_dtype_asked_whatever_its_file_says(tiny, name, dtype):
+    assert load_model(str(tiny), dtype=name)[0].dtype == dtype
+
+
+def test_measuring_in_16_bits_warns(caplog):
+    with pytest.raises(ValueError, match="tokenizer"):
+        measure_heads(tiny_model("llama").bfloat16())
+    assert "a model in bfloat16" in caplog.text

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.api import compress, patch_model, unpatch_model
+from hf_kvcache.api import compress, patch_model, unpatch_model, warn_of_half_precision
 from hf_kvcache.evaluation import Interval, bootstrap, filled_cache, make_task, score_answers, score_answers_aware
 from hf_kvcache.evaluation.filler import shipped_prose
 from hf_kvcache.evaluation.protocol import context_ids
@@ -105,7 +105,7 @@ def run_bench(
     """Measures every setting that `folder` does not hold yet, and returns all of this run's records.
 
     Args:
-        model: unpatched.
+        model: unpatched, in float32: half precision hides what is gentler than 4 bits.
         tokenizer: of the model.
         settings: to measure.
         folder: for `bench.jsonl`, which holds every result as soon as it is there.
@@ -115,11 +115,14 @@ def run_bench(
         texts: for the fidelity; None for the shipped prose.
         say: is told what happens.
     """
+    warn_of_half_precision(model)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.jsonl"
     texts = [shipped_prose()] if texts is None else texts
     cut = windows(model, tokenizer, texts, contexts, length, FOLLOWING)
-    described = [fingerprint(model), *tasks, contexts, length, [window.context.tolist() for window in cut]]
+    # the fingerprint is the same in every dtype and place, figures are not
+    place = [str(model.dtype), str(model.device)]
+    described = [fingerprint(model), *place, *tasks, contexts, length, [window.context.tolist() for window in cut]]
     run = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
     known = {record.setting: record for record in read_records(path) if record.run == run}
     measure = _Bench(model, tokenizer, cut, tasks, contexts, length)

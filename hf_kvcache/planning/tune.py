@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_kvcache.api import unpatched_fingerprint
+from hf_kvcache.api import unpatched_fingerprint, warn_of_half_precision
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer
 from hf_kvcache.methods.planned import LARGEST, without_measuring
 from hf_kvcache.plan import CachePlan
@@ -76,6 +76,7 @@ class Tuner:
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a positive int, got {count!r}")
         self.model, self.fingerprint = model, unpatched_fingerprint(model)
+        warn_of_half_precision(model)
         self.tokenizer = tokenizer or find_tokenizer(model)
         self.scorer, self.say = scorer, say
         held = max(samples // (HELD - 1), 1)
