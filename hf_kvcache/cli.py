@@ -150,6 +150,12 @@ def bench(
     write_csv(records, output / "bench.csv")
     write_page(records, output / "bench.html", f"KV cache methods on {model}")
     console.print(f"wrote {output / 'bench.csv'} and {output / 'bench.html'}")
+    failed = [record.setting for record in records if record.error]
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(records)} settings failed, another run tries them again: {'; '.join(failed)}"
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
