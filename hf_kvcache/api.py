@@ -285,9 +285,17 @@ def check_fit(spec: CacheSpec) -> None:
 
 
 def check_processes(model: nn.Module, spec: CacheSpec) -> None:
-    """Raises for what would decide by a part of the heads, where processes share a tensor parallel model."""
+    """Raises for what processes that share a tensor parallel model would decide each by itself, and differently."""
     policy = spec.eviction
-    if policy is None or (getattr(model, "tp_size", None) or 1) == 1:
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return
+    if spec.prefix is not None:
+        raise NotImplementedError(
+            f"{spec.filled_by['prefix']} looks a prompt up in every process by itself, and processes of a tensor "
+            "parallel model that find different parts of it would compute different tokens and wait for each other; "
+            "use one process, or leave the method out"
+        )
+    if policy is None:
         return
     roles = (policy.scorer, policy.allocator, policy.selector)
     comparing = [role.name for role in roles if getattr(role, "across_heads", False) or getattr(role, "over_layers", 0)]
