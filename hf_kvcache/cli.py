@@ -206,7 +206,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def report(
-    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance or cache.")] = None,
+    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance, basis or cache.")] = None,
     config: Annotated[
         str | None, typer.Option(help="Instead of a file: what a model keeps a token, by folder, name or model type.")
     ] = None,
@@ -226,6 +226,7 @@ def report(
     assert path is not None
     from hf_kvcache import persistence, plan, safefile, sharing
     from hf_kvcache.eviction import importance
+    from hf_kvcache.sequential import basis
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
     found = description["format"]
@@ -244,10 +245,19 @@ def report(
         console.print(plan.CachePlan.load(path).summary())
         console.print(f"settings: {description['settings']}")
         return
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if found == basis.FORMAT:
+        layers = len(description["producers"])
+        console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {layers} layers")
+        console.print(
+            f"{len(description['members'])} transforms for the codec 'residual' of sequential; {size:,} bytes"
+        )
+        return
+    if found not in (sharing.FORMAT, persistence.FORMAT):
+        raise ValueError(f"{path} has the format {found!r}, which this version does not know; update hf_kvcache")
     sources = description["source_layers"]
     console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")
     console.print("sharing: " + (plan_text(sharing.SharingPlan(tuple(sources))) or "none"))
-    size = sum(tensor.nbytes for tensor in tensors.values())
     if found == sharing.FORMAT:
         console.print(f"settings: {description['settings']}")
         console.print(f"healed weights: {len(tensors)}, {size:,} bytes")

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from hf_kvcache import METHODS, SharingPlan, measure_heads, new_cache, patch_model
+from hf_kvcache import METHODS, SharingPlan, measure_heads, new_cache, patch_model, safefile
+from hf_kvcache.calibration.sequential_basis import calibrate_basis
 from hf_kvcache.cli import load_model, main
 from hf_kvcache.testing import random_ids, tiny_model
 
@@ -58,6 +59,17 @@ def test_report_reads_plans_and_caches(monkeypatch, capsys, tmp_path):
     cache.save(tmp_path / "cache.safetensors")
     code, out, _ = run(monkeypatch, capsys, "report", tmp_path / "cache.safetensors")
     assert code == 0 and "tokens seen: 20" in out
+
+
+def test_report_reads_a_basis_and_refuses_what_it_does_not_know(monkeypatch, capsys, tmp_path):
+    model = tiny_model("llama")
+    basis = calibrate_basis(model, texts=random_ids(4, 512), samples=4, length=512)
+    basis.save(tmp_path / "basis.safetensors")
+    code, out, _ = run(monkeypatch, capsys, "report", tmp_path / "basis.safetensors")
+    assert code == 0 and f"{basis.fingerprint}, 4 layers" in out and f"{basis.nbytes:,} bytes" in out
+    safefile.write(tmp_path / "later.safetensors", "hf_kvcache.later/1", {}, {"a": torch.zeros(1)})
+    code, _, errors = run(monkeypatch, capsys, "report", tmp_path / "later.safetensors")
+    assert code == 2 and "'hf_kvcache.later/1', which this version does not know" in errors
 
 
 def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys):
