@@ -25,6 +25,7 @@ BYTES = {
     "sharing": "Of L layers C hold nothing: 1 - C / L of the bytes.",
     "codec": "Codes of the bits asked, a scale an entry and what the codec keeps a head.",
     "store": "The same bytes, in another place.",
+    "prefix": "The cache that attention reads stays as large as it is; stored prompts are in another place.",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -25,6 +26,8 @@ from hf_kvcache.persistence import restore_cache
 from hf_kvcache.resolve import resolve
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.spec import CacheSpec
+
+logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -88,6 +91,7 @@ def find_plans(model: nn.Module, methods: Sequence[KVSharer], *, tokenizer: Any 
     """`find_plan` for several settings at once; what their searches have in common is measured once."""
     target = base_model(model)
     require_unpatched(target, "a plan is searched on the untouched model")
+    warn_of_half_precision(target)
     with torch.inference_mode(False):
         probe = make_probe(target, tokenizer)
         return [method.find_plan(probe) for method in methods]
@@ -110,6 +114,7 @@ def measure_heads(
     """
     target = base_model(model)
     require_unpatched(target, "heads are measured on the untouched model")
+    warn_of_half_precision(target)
     for name, count in (("samples", samples), ("length", length)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a positive int, got {count!r}")
@@ -124,6 +129,16 @@ def unpatched_fingerprint(model: nn.Module) -> str:
     require_weights(target)
     require_unpatched(target, "a plan is measured on the untouched model")
     return fingerprint(target)
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """Says that a measurement on this model hides small differences, where its weights have 16 bits."""
+    dtypes = {parameter.dtype for parameter in model.parameters()} & {torch.float16, torch.bfloat16}
+    if dtypes:
+        logger.warning(
+            "this measures a model in %s, whose rounding hides what is gentler than 4 bits; load it in float32",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        )
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -270,9 +285,17 @@ def check_fit(spec: CacheSpec) -> None:
 
 
 def check_processes(model: nn.Module, spec: CacheSpec) -> None:
-    """Raises for what would decide by a part of the heads, where processes share a tensor parallel model."""
+    """Raises for what processes that share a tensor parallel model would decide each by itself, and differently."""
     policy = spec.eviction
-    if policy is None or (getattr(model, "tp_size", None) or 1) == 1:
+    if (getattr(model, "tp_size", None) or 1) == 1:
+        return
+    if spec.prefix is not None:
+        raise NotImplementedError(
+            f"{spec.filled_by['prefix']} looks a prompt up in every process by itself, and processes of a tensor "
+            "parallel model that find different parts of it would compute different tokens and wait for each other; "
+            "use one process, or leave the method out"
+        )
+    if policy is None:
         return
     roles = (policy.scorer, policy.allocator, policy.selector)
     comparing = [role.name for role in roles if getattr(role, "across_heads", False) or getattr(role, "over_layers", 0)]

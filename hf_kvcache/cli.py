@@ -21,8 +21,11 @@ calibrate_app = typer.Typer(help="Fit a method to a model and save the result.",
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(store_app, name="store")
 console = Console()
+DTYPES = ("float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")]
+Device = Annotated[str, typer.Option(help="Where the model runs, such as cuda:0; 'auto' spreads it over all there is.")]
+DType = Annotated[str, typer.Option(help="Of the weights. In 16 bits, rounding hides what is gentler than 4.")]
 
 
 @app.command()
@@ -63,13 +66,15 @@ def calibrate_kvsharer(
     order: Annotated[str, typer.Option(help="Which pairs come first; the published rule is 'dissimilar'.")] = "kl",
     heal: Annotated[bool, typer.Option(help="Refit the consumers' projections.")] = True,
     text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> None:
     """Search which layers of a model can share KV, heal them, and save the plan."""
     from hf_kvcache.api import find_plan
     from hf_kvcache.methods import KVSharer
 
     method = KVSharer(share=share, threshold=threshold, order=order, heal=heal, calibration=text)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device, dtype)
     plan = find_plan(loaded, method, tokenizer=tokenizer)
     console.print(f"{len(plan.consumers)} of {plan.num_layers} layers share: {plan_text(plan)}")
     save(plan, output)
@@ -81,11 +86,13 @@ def calibrate_headkv(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write the importance to.")],
     samples: Annotated[int, typer.Option(help="Number of questions.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> None:
     """Measure with needles in long texts how much every head matters for retrieval, and save it."""
     from hf_kvcache.api import measure_heads
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device, dtype)
     importance = measure_heads(loaded, samples=samples, length=length, tokenizer=tokenizer)
     layers, heads = importance.values.shape
     console.print(f"{importance.settings['answered']} of {samples} questions answered; {layers} layers x {heads} heads")
@@ -99,11 +106,13 @@ def calibrate_sequential(
     samples: Annotated[int, typer.Option(help="Number of texts.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
     text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> None:
     """Fit the basis that the codec 'residual' of sequential turns keys and values with, and save it."""
     from hf_kvcache.calibration.sequential_basis import calibrate_basis
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device, dtype)
     basis = calibrate_basis(loaded, texts=text, samples=samples, length=length, tokenizer=tokenizer)
     console.print(f"{len(basis.parts)} transforms of up to {max(len(part.mean) for part in basis.parts)} channels")
     save(basis, output)
@@ -119,14 +128,16 @@ def bench(
     data: Annotated[Path | None, typer.Option(help="Text file for the fidelity; default: the shipped prose.")] = None,
     contexts: Annotated[int, typer.Option(help="Texts, and contexts of every task.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens of a context.")] = 1024,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> None:
     """Measure methods on a model: a CSV table and one HTML page. A run that was stopped goes on where it was."""
     from hf_kvcache.bench import parse_setting, run_bench, write_csv, write_page
 
     settings = [setting for text in methods for setting in parse_setting(text, budgets or [])]
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device, dtype)
     records = run_bench(
-        loaded.float(),
+        loaded,
         tokenizer,
         settings,
         output,
@@ -139,6 +150,12 @@ def bench(
     write_csv(records, output / "bench.csv")
     write_page(records, output / "bench.html", f"KV cache methods on {model}")
     console.print(f"wrote {output / 'bench.csv'} and {output / 'bench.html'}")
+    failed = [record.setting for record in records if record.error]
+    if failed:
+        console.print(
+            f"{len(failed)} of {len(records)} settings failed, another run tries them again: {'; '.join(failed)}"
+        )
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -151,13 +168,15 @@ def tune(
     samples: Annotated[int, typer.Option(help="Windows to measure on; half as many again are held back.")] = 6,
     length: Annotated[int, typer.Option(help="Tokens of each context.")] = 1024,
     draws: Annotated[int, typer.Option(help="Samples of the gradient for each question.")] = 12,
+    device: Device = "cpu",
+    dtype: DType = "float32",
 ) -> None:
     """Measure on a text what every choice costs a model, and save the plan of least loss for the bytes asked."""
     from hf_kvcache.planning import tune as make_plan
 
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, device, dtype)
     tuned = make_plan(
-        loaded.float(),
+        loaded,
         tokenizer,
         target_ratio=target_ratio,
         texts=data,
@@ -187,7 +206,7 @@ def lm_eval(context: typer.Context) -> None:
 
 @app.command()
 def report(
-    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance or cache.")] = None,
+    path: Annotated[Path | None, typer.Argument(help="A saved plan, head importance, basis or cache.")] = None,
     config: Annotated[
         str | None, typer.Option(help="Instead of a file: what a model keeps a token, by folder, name or model type.")
     ] = None,
@@ -207,6 +226,7 @@ def report(
     assert path is not None
     from hf_kvcache import persistence, plan, safefile, sharing
     from hf_kvcache.eviction import importance
+    from hf_kvcache.sequential import basis
 
     description, tensors = safefile.read(path, None, "write one with SharingPlan.save or KVCache.save")
     found = description["format"]
@@ -225,10 +245,19 @@ def report(
         console.print(plan.CachePlan.load(path).summary())
         console.print(f"settings: {description['settings']}")
         return
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    if found == basis.FORMAT:
+        layers = len(description["producers"])
+        console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {layers} layers")
+        console.print(
+            f"{len(description['members'])} transforms for the codec 'residual' of sequential; {size:,} bytes"
+        )
+        return
+    if found not in (sharing.FORMAT, persistence.FORMAT):
+        raise ValueError(f"{path} has the format {found!r}, which this version does not know; update hf_kvcache")
     sources = description["source_layers"]
     console.print(f"{path}: {found}, model {description['fingerprint'] or 'any'}, {len(sources)} layers")
     console.print("sharing: " + (plan_text(sharing.SharingPlan(tuple(sources))) or "none"))
-    size = sum(tensor.nbytes for tensor in tensors.values())
     if found == sharing.FORMAT:
         console.print(f"settings: {description['settings']}")
         console.print(f"healed weights: {len(tensors)}, {size:,} bytes")
@@ -254,21 +283,48 @@ def save(made: Any, output: Path) -> None:
     console.print(f"saved {output} ({output.stat().st_size:,} bytes)")
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """A model in float32 and its tokenizer, by folder or name."""
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """A model and its tokenizer, by folder or name."""
+    import torch
+
     from hf_kvcache import smollm2
 
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    kind = getattr(torch, dtype)
     if name == "smollm2":
-        return smollm2.load()
+        loaded, tokenizer = smollm2.load(kind)
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return placed(loaded, found if device == "auto" else device), tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval(), AutoTokenizer.from_pretrained(name)
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=kind, **spread).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"expected the folder or name of a model, or 'smollm2', got {name!r}: {reason}") from error
+    return (loaded if spread else placed(loaded, device)), tokenizer
+
+
+def placed(model: Any, device: str) -> Any:
+    """The model on a device."""
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device must be 'auto' or one the model can run on, got {device!r}: {reason}") from error
 
 
 def main() -> None:
     """Runs the command line; an error of ours is one line, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, NotImplementedError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -63,7 +63,8 @@ def continued(model: Any, cache: Any, ids: Tensor, position: int) -> Continuatio
     kv_bytes = cache_bytes(cache)
     positions = torch.arange(position, position + ids.shape[1] - 1, device=ids.device)[None]
     logits = model(input_ids=ids[:, :-1], past_key_values=cache, position_ids=positions).logits
-    return Continuation(logits[0].float().log_softmax(-1), ids[0, 1:], kv_bytes)
+    # a model that is spread over devices may predict on another one than it reads
+    return Continuation(logits[0].float().log_softmax(-1), ids[0, 1:].to(logits.device), kv_bytes)
 
 
 def kl_divergence(full: Continuation, other: Continuation) -> float:
@@ -87,16 +88,24 @@ class Speed:
 @torch.no_grad()
 def speed(model: Any, ids: Tensor, steps: int) -> Speed:
     """Times one prefill of `ids` `[1, T]` and `steps` greedy decode steps after it."""
-    start = time.perf_counter()
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    start = _now(devices)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = time.perf_counter() - start
+    prefill = _now(devices) - start
     times = []
     for _ in range(steps):
         token = out.logits[:, -1:].argmax(-1)
-        start = time.perf_counter()
+        start = _now(devices)
         out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
-        times.append(time.perf_counter() - start)
+        times.append(_now(devices) - start)
     return Speed(prefill, median(times))
+
+
+def _now(devices: Iterable[torch.device]) -> float:
+    """The time when CUDA devices have done what they were asked: a call returns before its kernels have run."""
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def cache_bytes(cache: Any) -> int:

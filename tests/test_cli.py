@@ -1,12 +1,17 @@
 """The command line: lists, calibrates, reports, and answers a mistake with one line and exit code 2."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from hf_kvcache import METHODS, SharingPlan, new_cache, patch_model
-from hf_kvcache.cli import main
+from hf_kvcache import METHODS, SharingPlan, measure_heads, new_cache, patch_model, safefile
+from hf_kvcache.calibration.sequential_basis import calibrate_basis
+from hf_kvcache.cli import load_model, main
 from hf_kvcache.testing import random_ids, tiny_model
 
 
@@ -20,11 +25,27 @@ def run(monkeypatch, capsys, *arguments):
     return stop.value.code or 0, captured.out, captured.err
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a model in 16 bits and a tokenizer of one token."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model("llama").half().save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a"))).save_pretrained(folder)
+    return folder
+
+
 def test_methods_lists_every_method(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0
     for name, method in METHODS.items():
         assert name in out and method.slot in out
+
+
+@pytest.mark.parametrize("module", ["hf_kvcache", "hf_kvcache.cli"])
+def test_the_module_is_the_command(module):
+    """As `accelerate launch -m` starts it."""
+    done = subprocess.run([sys.executable, "-m", module, "methods"], capture_output=True, text=True)
+    assert done.returncode == 0 and "snapkv" in done.stdout, done.stderr
 
 
 def test_report_reads_plans_and_caches(monkeypatch, capsys, tmp_path):
@@ -40,6 +61,17 @@ def test_report_reads_plans_and_caches(monkeypatch, capsys, tmp_path):
     assert code == 0 and "tokens seen: 20" in out
 
 
+def test_report_reads_a_basis_and_refuses_what_it_does_not_know(monkeypatch, capsys, tmp_path):
+    model = tiny_model("llama")
+    basis = calibrate_basis(model, texts=random_ids(4, 512), samples=4, length=512)
+    basis.save(tmp_path / "basis.safetensors")
+    code, out, _ = run(monkeypatch, capsys, "report", tmp_path / "basis.safetensors")
+    assert code == 0 and f"{basis.fingerprint}, 4 layers" in out and f"{basis.nbytes:,} bytes" in out
+    safefile.write(tmp_path / "later.safetensors", "hf_kvcache.later/1", {}, {"a": torch.zeros(1)})
+    code, _, errors = run(monkeypatch, capsys, "report", tmp_path / "later.safetensors")
+    assert code == 2 and "'hf_kvcache.later/1', which this version does not know" in errors
+
+
 def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "report", "--config", "yoco")
     assert code == 0 and "4,096 B" in out and "106,496 B" in out and "10,223,616 B" in out
@@ -52,10 +84,24 @@ def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys)
         (("report", "absent.safetensors"), "there is no file"),
         (("calibrate", "kvsharer", "smollm2", "-o", "plan.safetensors", "--share", "2"), "share must be"),
         (("unheard-of",), "No such command"),
+        (("tune", "absent", "-o", "plan"), "expected the folder or name of a model, or 'smollm2', got 'absent'"),
+        (("tune", "smollm2", "-o", "plan", "--dtype", "int8"), "--dtype must be one of float32"),
+        (("tune", "{tiny}", "-o", "plan", "--device", "abacus"), "--device must be 'auto' or one the model can run on"),
     ],
-    ids=["nothing", "file", "option", "command"],
+    ids=["nothing", "file", "option", "command", "model", "dtype", "device"],
 )
-def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, arguments, words):
+def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, tiny, arguments, words):
     monkeypatch.chdir(tmp_path)
-    code, _, errors = run(monkeypatch, capsys, *arguments)
+    code, _, errors = run(monkeypatch, capsys, *(argument.format(tiny=tiny) for argument in arguments))
     assert code == 2 and words in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_model_is_loaded_in_the_dtype_asked_whatever_its_file_says(tiny, name, dtype):
+    assert load_model(str(tiny), dtype=name)[0].dtype == dtype
+
+
+def test_measuring_in_16_bits_warns(caplog):
+    with pytest.raises(ValueError, match="tokenizer"):
+        measure_heads(tiny_model("llama").bfloat16())
+    assert "a model in bfloat16" in caplog.text

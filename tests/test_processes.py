@@ -5,11 +5,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hf_kvcache import patch_model
+from hf_kvcache import new_cache, patch_model
+from hf_kvcache.api import check_processes
 from hf_kvcache.testing import greedy, random_ids, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,13 @@ def test_a_dispatched_model_generates_the_same(method, tmp_path):
     )
     dispatched.generation_config.pad_token_id = 0
     assert torch.equal(greedy(patch_model(dispatched, **OPTIONS[method]), random_ids(1, 40)), expected)
+
+
+def test_processes_of_a_tensor_parallel_model_look_nothing_up(tmp_path):
+    spec = new_cache(patch_model(tiny_model("llama"), "sequential", store=tmp_path / "store")).spec
+    with pytest.raises(NotImplementedError, match="sequential looks a prompt up in every process"):
+        check_processes(SimpleNamespace(tp_size=2), spec)
+    check_processes(SimpleNamespace(tp_size=1), spec)
 
 
 TENSOR_PARALLEL = """

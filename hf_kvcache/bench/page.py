@@ -35,7 +35,7 @@ def write_page(records: Sequence[Record], path: Path, title: str) -> None:
         f"<h1>{escape(title)}</h1>",
         "<p>KL(full || compressed) in nats a token; 95% intervals over contexts; bytes are those of live storages.</p>",
         "<h2>Fidelity against bytes</h2>",
-        pareto(records),
+        pareto([record for record in records if record.figures]),
         "<h2>All figures</h2>",
         table(records),
         "<h2>Share of a context that every head keeps</h2>",
@@ -54,10 +54,13 @@ def table(records: Sequence[Record]) -> str:
     shown = [name for name in names if not name.endswith((" low", " high"))]
     head = "".join(f"<th>{escape(name)}</th>" for name in ("setting", *shown))
     rows = "".join(
-        f"<tr><td>{escape(record.setting)}</td>{''.join(_cell(record, name) for name in shown)}</tr>"
-        for record in records
+        f"<tr><td>{_named(record)}</td>{''.join(_cell(record, name) for name in shown)}</tr>" for record in records
     )
     return f'<div class="wide"><table id="figures"><tr>{head}</tr>{rows}</table></div>'
+
+
+def _named(record: Record) -> str:
+    return escape(record.setting) + (f" <small>{escape(record.error)}</small>" if record.error else "")
 
 
 def _cell(record: Record, name: str) -> str:
@@ -70,6 +73,8 @@ def _cell(record: Record, name: str) -> str:
 
 def pareto(records: Sequence[Record]) -> str:
     """KL against times smaller, both logarithmic, as SVG; settings that none beats in both are joined."""
+    if not records:
+        return "<p>Every setting failed.</p>"
     points = [
         (record.figures["times_smaller_than_16_bit"], max(record.figures["kl"], LEAST_KL), record.setting)
         for record in records

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_kvcache.api import compress, patch_model, unpatch_model
+from hf_kvcache.api import compress, patch_model, unpatch_model, warn_of_half_precision
 from hf_kvcache.evaluation import Interval, bootstrap, filled_cache, make_task, score_answers, score_answers_aware
 from hf_kvcache.evaluation.filler import shipped_prose
 from hf_kvcache.evaluation.protocol import context_ids
@@ -25,7 +26,7 @@ from hf_kvcache.measure import cache_bytes, kl_divergence, speed, top1_agreement
 from hf_kvcache.planning.verify import predictions, references
 from hf_kvcache.planning.windows import Window, windows
 from hf_kvcache.report import report
-from hf_kvcache.resolve import option_names
+from hf_kvcache.resolve import option_names, resolve
 
 FOLLOWING = 128
 DECODED = 16
@@ -45,6 +46,11 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def given(self) -> str | None:
+        """The method, as `patch_model` takes it."""
+        return None if self.method == NO_METHOD else self.method
+
+    @property
     def label(self) -> str:
         """How tables and pages name it."""
         given = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -60,12 +66,14 @@ class Record:
         setting: as `Setting.label`.
         figures: by name; intervals are three of them.
         heads: the share of a context that every head keeps, `[layers][heads]`, empty for a layer that holds none.
+        error: what went wrong, in one line; then there are no figures.
     """
 
     run: str
     setting: str
     figures: dict[str, float]
     heads: list[list[float]]
+    error: str = ""
 
 
 def parse_setting(text: str, budgets: Sequence[float]) -> list[Setting]:
@@ -104,8 +112,10 @@ def run_bench(
 ) -> list[Record]:
     """Measures every setting that `folder` does not hold yet, and returns all of this run's records.
 
+    A setting that fails has a record too, with its `error`; another run tries it again.
+
     Args:
-        model: unpatched.
+        model: unpatched, in float32: half precision hides what is gentler than 4 bits.
         tokenizer: of the model.
         settings: to measure.
         folder: for `bench.jsonl`, which holds every result as soon as it is there.
@@ -114,14 +124,23 @@ def run_bench(
         length: tokens of a context.
         texts: for the fidelity; None for the shipped prose.
         say: is told what happens.
+
+    Raises:
+        ValueError: for an unknown method or option, before anything is measured.
     """
+    settings = list(settings)
+    for setting in settings:
+        resolve(setting.given, setting.options)
+    warn_of_half_precision(model)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.jsonl"
     texts = [shipped_prose()] if texts is None else texts
     cut = windows(model, tokenizer, texts, contexts, length, FOLLOWING)
-    described = [fingerprint(model), *tasks, contexts, length, [window.context.tolist() for window in cut]]
+    # the fingerprint is the same in every dtype and place, figures are not
+    place = [str(model.dtype), str(model.device)]
+    described = [fingerprint(model), *place, *tasks, contexts, length, [window.context.tolist() for window in cut]]
     run = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-    known = {record.setting: record for record in read_records(path) if record.run == run}
+    known = {record.setting: record for record in read_records(path) if record.run == run and not record.error}
     measure = _Bench(model, tokenizer, cut, tasks, contexts, length)
     found = []
     for setting in settings:
@@ -129,17 +148,38 @@ def run_bench(
             say(f"{setting.label}: measured before")
         else:
             start = time.perf_counter()
-            record = Record(run, setting.label, *measure(setting))
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+            measure.prepare()
+            record = _tried(measure, setting, run)
+            _append(record, path)
             known[setting.label] = record
-            say(f"{setting.label}: KL {record.figures['kl']:.4f}, {time.perf_counter() - start:.0f} s")
+            seconds = time.perf_counter() - start
+            outcome = f"failed: {record.error}" if record.error else f"KL {record.figures['kl']:.4f}"
+            say(f"{setting.label}: {outcome}, {seconds:.0f} s")
         found.append(known[setting.label])
     return found
 
 
+def _tried(measure: _Bench, setting: Setting, run: str) -> Record:
+    """The record of a setting, measured or failed: the others do not depend on it."""
+    try:
+        return Record(run, setting.label, *measure(setting))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        return Record(run, setting.label, {}, [], f"{type(error).__name__}: {reason}")
+
+
+def _append(record: Record, path: Path) -> None:
+    """Writes a line; one that a killed run left unfinished is ended first."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(asdict(record)).encode() + b"\n")
+
+
 class _Bench:
-    """All measurements on one model; what belongs to the model alone is measured when it is first needed."""
+    """All measurements on one model, after `prepare`."""
 
     def __init__(
         self, model: Any, tokenizer: Any, cut: Sequence[Window], tasks: Sequence[str], contexts: int, length: int
@@ -148,15 +188,13 @@ class _Bench:
         self.tasks = {name: [self._task(name, seed) for seed in range(contexts)] for name in tasks}
         self._full: Any = None
 
-    def __call__(self, setting: Setting) -> tuple[dict[str, float], list[list[float]]]:
+    def prepare(self) -> None:
+        """Measures the model alone, once."""
         if self._full is None:
             self._full = references(self.model, self.windows)
-        patch_model(
-            self.model,
-            None if setting.method == NO_METHOD else setting.method,
-            tokenizer=self.tokenizer,
-            **setting.options,
-        )
+
+    def __call__(self, setting: Setting) -> tuple[dict[str, float], list[list[float]]]:
+        patch_model(self.model, setting.given, tokenizer=self.tokenizer, **setting.options)
         try:
             figures, heads = self._fidelity()
             for name, made in self.tasks.items():
@@ -259,10 +297,10 @@ def write_csv(records: Sequence[Record], path: Path) -> None:
     names = list(dict.fromkeys(name for record in records for name in record.figures))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["setting", *names, "run"])
+        writer.writerow(["setting", *names, "run", "error"])
         for record in records:
             figures = [f"{record.figures[name]:.6g}" if name in record.figures else "" for name in names]
-            writer.writerow([record.setting, *figures, record.run])
+            writer.writerow([record.setting, *figures, record.run, record.error])
 
 
 def _figures(name: str, interval: Interval) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_kvcache.api import is_patched, new_cache, patch_model, unpatch_model
+from hf_kvcache.api import is_patched, new_cache, patch_model, unpatch_model, warn_of_half_precision
 from hf_kvcache.calibration.texts import Calibration, token_windows
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.patches.prefix import model_facts
@@ -76,6 +76,7 @@ def calibrate_basis(
         >>> calibrate_basis(model, tokenizer=tokenizer).save("basis.safetensors")
         >>> patch_model(model, "sequential", store="folder", codec="residual", basis="basis.safetensors")
     """
+    warn_of_half_precision(model)
     ids = token_windows(texts, model, tokenizer, samples, length, shrink=True)
     patched = is_patched(model)
     if not patched:

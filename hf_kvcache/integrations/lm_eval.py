@@ -37,6 +37,8 @@ from hf_kvcache.resolve import option_names
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 # of a task's document: the end of its prompt, which is asked after the compression
 ASKED = "asked"
+# options of HFLM that its own scoring applies, and ours would not
+NOT_OURS = ("softmax_dtype", "mixed_precision_dtype")
 
 
 @register_model("hf-kvcache")
@@ -48,8 +50,8 @@ class KVCacheLM(HFLM):
       read, as by the full model; those of the second half from the compressed cache.
     - `generate_until`: everything that is generated is predicted from the compressed cache.
 
-    A document with a field `asked`, which its prompt ends with, has that part fed after the compression, so that the
-    method does not know what will be asked (the tasks in `TASKS` come in both forms).
+    A document with a field `asked` has its prompt fed from there on after the compression, so that the method does not
+    know what will be asked (the tasks in `TASKS` come in both forms). A chat template may add to the prompt's end.
 
     Args:
         pretrained: name or folder of a model, or a model; one that is patched stays as it is.
@@ -67,6 +69,12 @@ class KVCacheLM(HFLM):
             raise ValueError(
                 f"question_tokens must be an int of at least 1, got {question_tokens!r}: the token that is fed after "
                 "the compression predicts the first one that is scored"
+            )
+        refused = [name for name in NOT_OURS if options.get(name) is not None]
+        if refused:
+            raise ValueError(
+                f"hf-kvcache scores in the dtype of the model, and has no {' and no '.join(refused)}; leave it out, or "
+                "load the model in another dtype with dtype=..."
             )
         own = set(inspect.signature(HFLM.__init__).parameters)
         of_methods = {name for cls in METHODS.values() for name in option_names(cls)} - own
@@ -131,9 +139,17 @@ class KVCacheLM(HFLM):
     def _tokens_asked(self, request: Any) -> int:
         """How many tokens of a request's prompt are fed after the compression."""
         prompt, asked = request.args[0], (request.doc or {}).get(ASKED)
-        if not asked or not prompt.endswith(asked):
+        if not asked or not asked.strip():
             return self.question_tokens
-        before = prompt.removesuffix(asked)
+        # a chat template puts its own marks behind it, and may strip it
+        place = prompt.rfind(asked.strip())
+        if place < 0:
+            raise ValueError(
+                f"expected the field {ASKED!r} of a document in its prompt, to feed it after the compression, got "
+                f"{asked!r} and a prompt that ends in {prompt[-80:]!r}; keep it as it is in the prompt, or leave the "
+                "field out"
+            )
+        before = prompt[:place].removesuffix(asked[: -len(asked.lstrip())])
         return max(len(self.tok_encode(prompt)) - len(self.tok_encode(before)), 1) if before else self.question_tokens
 
     def _contexts_at_once(self, override: int | None) -> int:
@@ -156,13 +172,25 @@ def main(arguments: Sequence[str]) -> None:
     """Runs lm-eval's own command line, in which `hf-kvcache` is now a model and our tasks have names."""
     import sys
 
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import HarnessCLI, setup_logging
 
-    given = list(arguments)
-    if given and given[0] in ("run", "ls", "validate") and "--include_path" not in given:
-        given += ["--include_path", str(TASKS)]
-    before, sys.argv = sys.argv, ["lm-eval", *given]
+    before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
-        cli_evaluate()
+        setup_logging()
+        cli = HarnessCLI()
+        parsed = cli.parse_args()
+        # the command line takes one folder of tasks, the task manager behind it several; of one name the last counts
+        parsed.include_path = [str(TASKS), *_folders_given(parsed)]
+        cli.execute(parsed)
     finally:
         sys.argv = before
+
+
+def _folders_given(parsed: Any) -> list[str]:
+    """The folders of tasks that the user named on lm-eval's command line, or in the file of `--config`."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    given = getattr(parsed, "include_path", None)
+    if given is None and getattr(parsed, "config", None):
+        given = EvaluatorConfig.load_yaml_config(parsed.config).get("include_path")
+    return [given] if isinstance(given, str) else list(given or [])

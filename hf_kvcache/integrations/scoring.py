@@ -18,6 +18,8 @@ from hf_kvcache.api import new_cache
 
 # rows that follow one batch of contexts are fed together up to here: what is sealed is shared, so they cost little
 ROWS_AT_ONCE = 8
+# tokens whose probabilities are computed at once: with 128k words, all of a long text's would take gigabytes
+SLICE = 1024
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,24 @@ def _judge(text: ScoredText, early: Tensor | None, late: Tensor) -> tuple[float,
         early: logits of the last tokens of its context, or None.
         late: logits of the tokens after the context, without the text's last one.
     """
-    logits = late if early is None else torch.cat([early, late])
-    targets = torch.tensor(text.ids[text.first :], device=logits.device)
-    log_probs = logits[-len(targets) :].float().log_softmax(-1)
-    likelihood = log_probs.gather(-1, targets[:, None]).sum()
-    return float(likelihood), bool((log_probs.argmax(-1) == targets).all())
+    targets = torch.tensor(text.ids[text.first :], device=late.device)
+    given = [late] if early is None else [early, late]
+    skipped = sum(map(len, given)) - len(targets)
+    likelihood, greedy, done = 0.0, True, 0
+    for logits in _slices(given, skipped):
+        expected = targets[done : done + len(logits)]
+        log_probs = logits.float().log_softmax(-1)
+        likelihood += float(log_probs.gather(-1, expected[:, None]).sum())
+        greedy = greedy and bool((log_probs.argmax(-1) == expected).all())
+        done += len(logits)
+    return likelihood, greedy
+
+
+def _slices(given: Sequence[Tensor], skipped: int) -> Iterator[Tensor]:
+    """What comes after the first `skipped` rows of all that is given, `SLICE` rows at a time."""
+    for logits in given:
+        yield from logits[min(skipped, len(logits)) :].split(SLICE)
+        skipped = max(skipped - len(logits), 0)
 
 
 def _right_padded(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -119,6 +119,13 @@ def without_measuring(ratio: float) -> tuple[float, int, int]:
     return (1.0 if kept >= 1 else DENSE / ratio / (stored + POSITION)), key_bits, value_bits
 
 
+def scorer_names() -> list[str]:
+    """The methods that a plan may name as its scorer."""
+    from hf_kvcache.methods import METHODS
+
+    return sorted(name for name, method in METHODS.items() if method.slot == "scorer")
+
+
 def methods_of(plan: CachePlan, spec: CacheSpec) -> list[Method]:
     """The methods that a plan is a composition of."""
     from hf_kvcache.methods import METHODS
@@ -128,7 +135,7 @@ def methods_of(plan: CachePlan, spec: CacheSpec) -> list[Method]:
         found.append(KVSharer(plan=plan.sharing))
     sources = list(spec.sharing.source_layers if plan.sharing is None else plan.sharing.source_layers)
     if plan.evicts:
-        scoring = sorted(name for name, method in METHODS.items() if method.slot == "scorer")
+        scoring = scorer_names()
         if plan.scorer not in scoring:
             raise ValueError(f"the plan needs the scoring method {plan.scorer!r}; available: {', '.join(scoring)}")
         # the layers that evict, each counted once however many read it

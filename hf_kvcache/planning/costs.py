@@ -44,7 +44,7 @@ class Costs:
 
     Args:
         kept, widths: the choices: shares kept, descending, and pairs of bits for keys and values.
-        loss: nats a token, `[layers, widths, kept, H_kv]`; never rising with the share kept.
+        loss: nats a token, `[layers, widths, kept, H_kv]`, on the CPU as all of it; never rising with the share kept.
         entry_bytes: bytes of one key and value, `[layers, widths]`, without the column of an entry.
         full_bytes: of one key and value in 16 bits, `[layers]`.
         layers: of the model that the rows stand for: those that keep all tokens otherwise.
@@ -150,7 +150,8 @@ class _Window:
         def watch(layer: KVCacheLayer, call: AttentionCall) -> None:
             gradient = gradients[call.layer].unflatten(-1, (call.query.shape[1], -1))
             changes = self._priced(layer, call, gradient.transpose(1, 2), self.segments[call.layer])
-            found[call.layer] = changes.square().mean(2) / (2 * scored)
+            # layers may lie on several devices, and what is solved with these is small
+            found[call.layer] = (changes.square().mean(2) / (2 * scored)).cpu()
 
         self._continue(ids, position, watch)
         return torch.stack([found[layer] for layer in self.layers])

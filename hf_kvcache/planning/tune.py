@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_kvcache.api import unpatched_fingerprint
+from hf_kvcache.api import unpatched_fingerprint, warn_of_half_precision
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer
-from hf_kvcache.methods.planned import LARGEST, without_measuring
+from hf_kvcache.methods.planned import LARGEST, scorer_names, without_measuring
 from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning.costs import Costs, measure_costs
 from hf_kvcache.planning.solve import solve
 from hf_kvcache.planning.verify import Verified, references, verify
 from hf_kvcache.planning.windows import windows
 from hf_kvcache.progress import progress
+
+logger = logging.getLogger(__name__)
 
 FOLLOWING = 128
 # every third window is held back for the verification
@@ -75,7 +78,10 @@ class Tuner:
         for name, count in (("samples", samples), ("length", length), ("draws", draws)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise ValueError(f"{name} must be a positive int, got {count!r}")
+        if scorer not in scorer_names():
+            raise ValueError(f"scorer must be one of the methods {', '.join(scorer_names())}, got {scorer!r}")
         self.model, self.fingerprint = model, unpatched_fingerprint(model)
+        warn_of_half_precision(model)
         self.tokenizer = tokenizer or find_tokenizer(model)
         self.scorer, self.say = scorer, say
         held = max(samples // (HELD - 1), 1)
@@ -103,18 +109,12 @@ class Tuner:
         """The plan of least loss whose caches are `target_ratio` times smaller than in 16 bits.
 
         Raises:
-            ValueError: when the ratio is out of reach.
+            ValueError: when the ratio is out of reach. A plan that only just misses it is returned with a warning.
         """
         if isinstance(target_ratio, bool) or not isinstance(target_ratio, (int, float)) or not target_ratio > 1:
             raise ValueError(f"target_ratio is a number above 1, got {target_ratio!r}")
-        layers, asked = self.costs.num_layers, float(target_ratio)
-        for _ in range(ATTEMPTS):
-            plan, expected = solve(self.costs, asked, self.fingerprint)
-            verified = self.verify(plan)
-            self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
-            if verified.ratio >= target_ratio * (1 - SLACK):
-                break
-            asked *= 1.002 * target_ratio / verified.ratio
+        plan, expected, verified = self._reaching(float(target_ratio))
+        layers = self.costs.num_layers
         uniform = self.unmeasured(target_ratio)
         text = {
             "target_ratio": f"{target_ratio:g}",
@@ -127,6 +127,32 @@ class Tuner:
             **{name: str(value) for name, value in self._settings.items()},
         }
         return Tuned(replace(plan, settings=text), expected, verified, uniform)
+
+    def _reaching(self, target: float) -> tuple[CachePlan, float, Verified]:
+        """A plan, the loss it is expected to cost, and what it costs and holds: what was asked, or it is said."""
+        asked, reached = target, 0.0
+        for _ in range(ATTEMPTS):
+            try:
+                plan, expected = solve(self.costs, asked, self.fingerprint)
+            except ValueError as error:
+                if not reached:
+                    raise
+                raise ValueError(
+                    f"target_ratio={target:g} is out of reach: a cache also holds what no plan shrinks, such as layers "
+                    f"with a sliding window, and the smallest was {reached:.2f} times smaller; ask for less"
+                ) from error
+            verified = self.verify(plan)
+            self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
+            if verified.ratio >= target * (1 - SLACK):
+                return plan, expected, verified
+            reached = max(reached, verified.ratio)
+            asked *= 1.002 * target / verified.ratio
+        logger.warning(
+            "target_ratio=%g was not reached: the plan makes a cache %.2f times smaller; ask for a little more",
+            target,
+            verified.ratio,
+        )
+        return plan, expected, verified
 
     def unmeasured(self, ratio: float) -> Verified:
         """What one share and one pair of widths for all layers, as with `target_ratio`, cost on held-back windows."""

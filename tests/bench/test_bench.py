@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from hf_kvcache.bench import Setting, parse_setting, run_bench, write_csv, write_page
+from hf_kvcache.bench.page import pareto
+from hf_kvcache.bench.record import read_records
 from hf_kvcache.testing import VOCABULARY, model_state, tiny_model
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
@@ -86,12 +88,11 @@ def test_a_run_goes_on_where_it_was(model, tmp_path):
     path = tmp_path / "bench.jsonl"
     # the process was killed while it wrote
     path.write_text(path.read_text() + '{"run": "cut o')
-    with path.open("a") as file:
-        file.write("\n")
     said = []
     again = run(model, tmp_path, SETTINGS[:3], said)
     assert [line.endswith("measured before") for line in said] == [True, True, False]
     assert [record.setting for record in again] == [setting.label for setting in SETTINGS[:3]]
+    assert [record.setting for record in read_records(path)] == [setting.label for setting in SETTINGS[:3]]
     model_state(model).assert_equal(before)
 
 
@@ -102,11 +103,31 @@ def test_results_of_another_run_do_not_count(model, tmp_path):
     assert "measured before" not in said[0]
 
 
-def test_an_error_leaves_the_model_as_it_was(model, tmp_path):
+def test_an_unknown_method_is_refused_before_anything_is_measured(model, tmp_path):
     before = model_state(model)
     with pytest.raises(ValueError, match="unknown method"):
-        run(model, tmp_path, [Setting("nonsense")])
+        run(model, tmp_path / "results", [*SETTINGS[:1], Setting("nonsense")])
+    assert not (tmp_path / "results").exists()
     model_state(model).assert_equal(before)
+
+
+def test_a_setting_that_fails_is_recorded_and_tried_again(model, tmp_path):
+    before = model_state(model)
+    # a plan that is not there is noticed when the model is patched
+    failing = Setting("kvsharer", {"plan": "absent.safetensors"})
+    for _ in range(2):
+        said = []
+        failed, measured = run(model, tmp_path, [failing, SETTINGS[1]], said)
+        assert failed.error.startswith("FileNotFoundError: there is no file") and not failed.figures
+        assert measured.figures and not measured.error and "failed" in said[0]
+    model_state(model).assert_equal(before)
+    write_csv([failed, measured], tmp_path / "bench.csv")
+    with (tmp_path / "bench.csv").open() as file:
+        assert [row["error"] for row in csv.DictReader(file)] == [failed.error, ""]
+    write_page([failed, measured], tmp_path / "bench.html", "one failed")
+    page = (tmp_path / "bench.html").read_text()
+    assert "there is no file" in page and page.count("<circle") == 1
+    assert "Every setting failed" in pareto([])
 
 
 def test_the_table_has_every_figure(records, tmp_path):

@@ -1,7 +1,6 @@
 """lm-eval on a patched model: its own scores where nothing is lost, other and repeatable ones where something is."""
 
 import logging
-import sys
 from functools import cache
 
 import pytest
@@ -114,22 +113,60 @@ def test_the_question_comes_after_the_compression_only_where_the_document_says_s
     question = "\nWhat is the number? It is"
     instance = Instance("loglikelihood", {"asked": question}, ("A long text." + question, " 7"), 0)
     assert lm._tokens_asked(instance) == len(tokenizer(question, add_special_tokens=False)["input_ids"])
+    marks = "<|im_end|>\n<|im_start|>assistant\n"
+    counted = len(tokenizer(question.strip() + marks, add_special_tokens=False)["input_ids"])
+    for text in ("A long text." + question + marks, "A long text.\n\n" + question.strip() + marks):
+        asked = lm._tokens_asked(Instance("loglikelihood", {"asked": question}, (text, " 7"), 0))
+        assert counted <= asked <= counted + 2
+    with pytest.raises(ValueError, match="expected the field 'asked' of a document in its prompt"):
+        lm._tokens_asked(Instance("loglikelihood", {"asked": "Something else?"}, instance.args, 0))
     assert lm._tokens_asked(Instance("loglikelihood", {"asked": ""}, instance.args, 0)) == 1
     assert lm._tokens_asked(Instance("loglikelihood", {}, instance.args, 0)) == 1
 
 
-def test_the_command_knows_model_and_tasks(monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["softmax_dtype", "mixed_precision_dtype"])
+def test_a_dtype_that_would_not_be_used_is_refused(model, tokenizer, name):
+    from hf_kvcache.integrations.lm_eval import KVCacheLM
+
+    with pytest.raises(ValueError, match=f"has no {name}"):
+        KVCacheLM(model, tokenizer=tokenizer, **{name: "float32"})
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        (["run"], []),
+        ([], []),
+        (["run", "--include_path", "mine"], ["mine"]),
+        (["run", "--include_path=mine"], ["mine"]),
+        (["--include_path=mine"], ["mine"]),
+        (["run", "--config", "{config}"], ["theirs"]),
+        (["run", "--config", "{config}", "--include_path", "mine"], ["mine"]),
+        (["validate", "--include_path", "mine"], ["mine"]),
+    ],
+)
+def test_the_command_knows_model_and_tasks(monkeypatch, tmp_path, given, folders):
     from typer.testing import CliRunner
 
     from hf_kvcache.cli import app
     from hf_kvcache.integrations import lm_eval as integration
 
+    config = tmp_path / "config.yaml"
+    config.write_text("include_path: theirs\n")
+    given = [argument.format(config=config) for argument in given]
     seen = []
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(list(sys.argv)))
-    result = CliRunner().invoke(app, ["lm-eval", "run", "--model", "hf-kvcache", "--tasks", "hfkv_kv_20"])
+    monkeypatch.setattr("lm_eval.__main__.HarnessCLI.execute", lambda cli, parsed: seen.append(parsed))
+    result = CliRunner().invoke(app, ["lm-eval", *given, "--tasks", "hfkv_kv_20"])
     assert result.exit_code == 0, result.output
-    expected = ["lm-eval", "run", "--model", "hf-kvcache", "--tasks", "hfkv_kv_20", "--include_path"]
-    assert seen == [[*expected, str(integration.TASKS)]]
+    assert [parsed.include_path for parsed in seen] == [[str(integration.TASKS), *folders]]
     from lm_eval.api.registry import get_model
 
     assert get_model("hf-kvcache") is integration.KVCacheLM
+
+
+def test_our_tasks_are_found_beside_those_of_a_folder(tmp_path, capsys):
+    from hf_kvcache.integrations.lm_eval import main
+
+    (tmp_path / "one.yaml").write_text("task: of_the_user\noutput_type: loglikelihood\ndataset_path: json\n")
+    main(["validate", "--tasks", "hfkv_kv_20,of_the_user", f"--include_path={tmp_path}"])
+    assert "All tasks found" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_kvcache import patch_model, unpatch_model
+from hf_kvcache.integrations import scoring
 from hf_kvcache.integrations.scoring import ScoredText, score_texts
 from hf_kvcache.testing import random_ids, tiny_model
 
@@ -43,6 +44,15 @@ def test_scores_are_those_of_one_forward_when_nothing_is_lost(family, batch_size
     assert sum(counted) == len(TEXTS)
     for (score, _), wanted in zip(found, expected, strict=True):
         assert score == pytest.approx(wanted, rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_scores_summed_up_in_slices_are_the_same(monkeypatch, rows):
+    model = patch_model(tiny_model("llama"), "knorm", budget=0.5)
+    whole = score_texts(model, TEXTS, 2)
+    monkeypatch.setattr(scoring, "SLICE", rows)
+    for (score, greedy), (expected, expected_greedy) in zip(score_texts(model, TEXTS, 2), whole, strict=True):
+        assert score == pytest.approx(expected, rel=1e-6) and greedy == expected_greedy
 
 
 def test_the_most_likely_continuation_is_recognised():

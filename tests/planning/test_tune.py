@@ -8,7 +8,7 @@ import torch
 
 from hf_kvcache import new_cache, patch_model, unpatch_model
 from hf_kvcache.patches.adapters import find_adapter
-from hf_kvcache.planning import Costs, Tuner, measure_costs, solve
+from hf_kvcache.planning import Costs, Tuner, Verified, measure_costs, solve
 from hf_kvcache.planning.gradients import output_gradients, output_projections
 from hf_kvcache.planning.solve import sizes
 from hf_kvcache.planning.windows import Question, Window, windows
@@ -166,6 +166,34 @@ def test_a_patched_model_is_not_measured():
 def test_counts_are_checked(name):
     with pytest.raises(ValueError, match=f"{name} must be a positive int"):
         Tuner(tiny_model("llama"), Letters(), ["x" * 9000], **{name: 0})
+
+
+@pytest.mark.parametrize("scorer", ["nonsense", "turboquant", "adakv", "planned"])
+def test_a_scorer_is_checked_before_anything_is_measured(scorer):
+    with pytest.raises(ValueError, match=rf"scorer must be one of the methods .*snapkv.*, got '{scorer}'"):
+        Tuner(tiny_model("llama"), Letters(), ["x" * 9000], scorer=scorer)
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """One that has measured, of a model that holds something which no plan shrinks."""
+    text = "".join(chr(33 + index % 89) for index in range(5000))
+    tuner = Tuner(tiny_model("llama"), Letters(), [text], scorer="knorm", samples=2, length=256)
+    tuner._costs = random_costs()
+    monkeypatch.setattr(tuner, "unmeasured", lambda ratio: Verified(0.0, 0.0, 1.0))
+    return tuner
+
+
+def test_a_ratio_out_of_reach_is_named_as_it_was_asked(tuner, monkeypatch):
+    monkeypatch.setattr(tuner, "verify", lambda plan: Verified(0.0, 0.0, 2.5))
+    with pytest.raises(ValueError, match=r"target_ratio=5 is out of reach: .* was 2.50 times smaller"):
+        tuner.tune(5)
+
+
+def test_a_plan_that_misses_its_ratio_says_so(tuner, monkeypatch, caplog):
+    monkeypatch.setattr(tuner, "verify", lambda plan: Verified(0.0, 0.0, 3.9))
+    assert tuner.tune(4).verified.ratio == 3.9
+    assert "target_ratio=4 was not reached: the plan makes a cache 3.90 times smaller" in caplog.text
 
 
 def test_windows_do_not_repeat_and_quote_what_they_hold():
