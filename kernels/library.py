@@ -108,7 +108,9 @@ def with_triton(op: str, reference: Callable[..., Any], *keys: str, file: str = 
     def implementation(*arguments):
         if uses_triton(arguments[0]):
             launch = getattr(import_module(f"hf_kvcache.kernels.triton_ops.{file or op}"), op)
-            result = launch(*arguments)
+            # Triton launches on the current device, which need not be the one that the tensors are on
+            with torch.cuda.device_of(arguments[0]):
+                result = launch(*arguments)
             if result is not NotImplemented:
                 return result
         return reference(*arguments)

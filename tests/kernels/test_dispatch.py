@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -60,6 +61,24 @@ def test_the_variable_is_read_at_every_call(launches, monkeypatch):
     monkeypatch.setenv(library.BACKEND, "reference")
     decode_attention(*inputs(), scale=0.2)
     assert launches == ["decode_attention"]
+
+
+@NEEDS_TRITON
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(launches, monkeypatch):
+    """The current device may be another one: Triton would launch there."""
+    within = []
+
+    @contextmanager
+    def device_of(tensor):
+        within.append((tensor, len(launches)))
+        yield
+        within.append((tensor, len(launches)))
+
+    monkeypatch.setenv(library.BACKEND, "triton")
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    query, key, value = inputs()
+    decode_attention(query, key, value, scale=0.2)
+    assert [count for _, count in within] == [1, 1] and all(tensor is query for tensor, _ in within)
 
 
 def test_another_value_of_the_variable_is_an_error(monkeypatch):
