@@ -83,8 +83,8 @@ class ChunkedCodec(ABC):
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, self.shared, self.of_owners)
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=self._constant)
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, shared=self._constant, runs=runs)
 
     @property
     def _constant(self) -> tuple[str, ...]:

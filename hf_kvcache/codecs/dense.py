@@ -57,8 +57,8 @@ class DenseCodec:
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index)
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads)
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, runs=runs)
 
 
 def _own(tensor: Tensor) -> Tensor:

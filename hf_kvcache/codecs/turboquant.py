@@ -145,8 +145,8 @@ class TurboQuantCodec:
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=("mean",))
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, shared=("mean",), runs=runs)
 
     def _encode(self, key: Tensor, value: Tensor, index: Tensor | None, owners: Tensor | None, mean: Tensor) -> Payload:
         """The payload of entries of `[B, H, T, D]`, all of them or those of an index."""

@@ -244,7 +244,6 @@ def test_a_mask_of_more_than_two_billion_places(no_reference):
     check("lse", lse, exact[1], 1e-5)
 
 
-
 def test_a_row_that_sees_nothing_is_finite(no_reference):
     query, key, value = draw(1, 1, 3, 64), draw(1, 1, 300, 64, seed=1), draw(1, 1, 300, 64, seed=2)
     mask = torch.ones(1, 1, 3, 300, dtype=torch.bool)
