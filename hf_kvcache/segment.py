@@ -157,7 +157,8 @@ class Segment:
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
         by_runs = None
-        if not self.layout.uniform and isinstance(self.codec, RaggedCodec) and uses_triton(query):
+        ragged = not self.layout.uniform
+        if ragged and isinstance(self.codec, RaggedCodec) and self.codec.attends_runs(payload, query):
             by_runs = partial(self.codec.attend_runs, payload, scale=scale, softcap=softcap)
         if self.rows == tuple(range(self.layout.rows)):
             return self.layout.attend(attend_block, query, beside, by_runs)

@@ -108,6 +108,10 @@ class Codec(Protocol):
 class RaggedCodec(Codec, Protocol):
     """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
 
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        """Whether there is a kernel for this payload on this device; without one, `attend` block by block is faster."""
+        ...
+
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.library import has_kernel
 from hf_kvcache.kernels.ragged_attention import ragged_decode_attention
 
 
@@ -46,6 +47,9 @@ class DenseCodec:
         if readers != heads:
             key, value = key.expand(-1, readers, -1, -1), value.expand(-1, readers, -1, -1)
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
+
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        return has_kernel("decode_attention", query, payload["key"], payload["value"])
 
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float

@@ -30,6 +30,7 @@ from hf_kvcache.codecs.rotation import rotation
 from hf_kvcache.codecs.scalar import stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of
 from hf_kvcache.kernels.encode_entries import chosen, encode_entries, of_owners
+from hf_kvcache.kernels.library import has_kernel
 from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
 BITS = (2, 3, 4, 8)
@@ -122,6 +123,13 @@ class TurboQuantCodec:
             softcap=softcap,
         )
         return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
+
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        key, value = (
+            (payload[f"{name}_codes"], payload[f"{name}_scale"], levels)
+            for name, levels in zip(("key", "value"), self._levels(query), strict=True)
+        )
+        return has_kernel("code_attention", query, key, value)
 
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
