@@ -26,6 +26,8 @@ from hf_kvcache.kernels.ragged_attention import programs_of, work_list
 LARGEST_BLOCK = 256
 SMALLEST_BLOCK = 16
 
+CPU = torch.device("cpu")
+
 # (work, parts, query [rows, heads, M, D]) -> out, lse, as `kernels/ragged_attention.py` has them
 AttendRuns = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -53,6 +55,11 @@ class Layout:
         """The lengths of all runs, `[S * H_kv]`."""
         return torch.tensor(self.lengths).flatten()
 
+    @cached_property
+    def entries(self) -> int:
+        """How many entries there are."""
+        return sum(map(sum, self.lengths))
+
     @property
     def rows(self) -> int:
         return len(self.lengths)
@@ -77,48 +84,68 @@ class Layout:
         """The number of full blocks of every run."""
         return torch.zeros_like(self.runs) if self.uniform else self.runs // self.block
 
-    # tensors are made when they are asked for: a layout lives as long as its segment, and only bytes that pay are kept
+    # tensors are made when they are asked for: a layout lives as long as its segment, and only bytes that pay are kept.
+    # They count entries, of which there may be a million: so they are made where the data is
 
     @property
     def owners(self) -> Tensor:
-        """The run of every stored entry, `[N]`."""
-        run = torch.arange(len(self.runs))
-        if self.uniform:
-            return run.repeat_interleave(self.runs)
-        full = self.blocks * self.block
-        return torch.cat([run.repeat_interleave(full), run.repeat_interleave(self.runs - full)])
-
-    @property
-    def ranks(self) -> Tensor:
-        """The place of every stored entry within its run, `[N]`."""
-        if self.uniform:
-            return _count_up(self.runs)
-        full = self.blocks * self.block
-        rest = self.runs - full
-        return torch.cat([_count_up(full), full.repeat_interleave(rest) + _count_up(rest)])
+        """The run of every stored entry, `[N]`, on the CPU."""
+        return self.owners_on(CPU)
 
     @property
     def order(self) -> Tensor:
-        """For every stored entry its place when the runs lie one after the other, `[N]`."""
-        return (self.runs.cumsum(0) - self.runs)[self.owners] + self.ranks
+        """For every stored entry its place when the runs lie one after the other, `[N]`, on the CPU."""
+        return self.order_on(CPU)
+
+    def owners_on(self, device: torch.device) -> Tensor:
+        """`owners` on a device."""
+        run = torch.arange(self.rows * self.heads, device=device)
+        if self.uniform:
+            return run.repeat_interleave(self.lengths[0][0])
+        # runs, and what they hold, in full blocks and then in the remainders
+        held = torch.cat(self._cut(device))
+        return run.repeat(2).repeat_interleave(held, output_size=self.entries)
+
+    def ranks_on(self, device: torch.device) -> Tensor:
+        """The place of every stored entry within its run, `[N]`."""
+        if self.uniform:
+            return torch.arange(self.lengths[0][0], device=device).repeat(self.rows * self.heads)
+        full, rest = self._cut(device)
+        held, begin = torch.cat([full, rest]), torch.cat([torch.zeros_like(full), full])
+        return torch.arange(self.entries, device=device) + (begin - (held.cumsum(0) - held)).repeat_interleave(
+            held, output_size=self.entries
+        )
+
+    def order_on(self, device: torch.device) -> Tensor:
+        """`order` on a device."""
+        if self.uniform:
+            return torch.arange(self.entries, device=device)
+        runs = self.runs.to(device)
+        return (runs.cumsum(0) - runs)[self.owners_on(device)] + self.ranks_on(device)
+
+    def _cut(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """How many entries every run has in full blocks, and in its remainder."""
+        full = self.blocks * self.block
+        return full.to(device), (self.runs - full).to(device)
 
     def tensors(self) -> list[Tensor]:
         """The indices kept for attention."""
         plans = [plan.tensors() for plan in self._plans.values()]
         return [tensor for tensors in (*plans, *self._work.values()) for tensor in tensors]
 
-    def padded(self) -> tuple[Tensor, Tensor]:
+    def padded(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The entries as a rectangle whose short runs begin late.
 
         Returns:
             index `[S, H_kv, T_max]` of stored entries, 0 where a run has none, and a mask that is True where it has.
         """
-        longest = int(self.runs.max())
-        owner, rank = self.owners, self.ranks
-        index = torch.zeros(len(self.runs), longest, dtype=torch.long)
-        valid = torch.zeros(len(self.runs), longest, dtype=torch.bool)
-        column = longest - self.runs[owner] + rank
-        index[owner, column] = torch.arange(len(owner))
+        runs = self.runs
+        longest = int(runs.max())
+        owner, rank = self.owners_on(device), self.ranks_on(device)
+        index = torch.zeros(len(runs), longest, dtype=torch.long, device=device)
+        valid = torch.zeros(len(runs), longest, dtype=torch.bool, device=device)
+        column = longest - runs.to(device)[owner] + rank
+        index[owner, column] = torch.arange(len(owner), device=device)
         valid[owner, column] = True
         return index.view(self.rows, self.heads, longest), valid.view(self.rows, self.heads, longest)
 
@@ -229,9 +256,3 @@ class _Plan:
     def tensors(self) -> list[Tensor]:
         """Everything kept."""
         return [self.block_owner, self.owned, *(tensor for _, *tensors in self.rests for tensor in tensors)]
-
-
-def _count_up(counts: Tensor) -> Tensor:
-    """0 .. count - 1 for every count, one after the other."""
-    first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.arange(len(first)) - first

@@ -91,12 +91,12 @@ class Segment:
         if keep is None or bool(keep.all()):
             layout = Layout(((tokens,) * heads,) * len(key))
             key, value = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
-            held = codec.encode(key, value, layout.owners.to(key.device), model)
+            held = codec.encode(key, value, layout.owners_on(key.device), model)
             held |= {name: tensor.reshape(-1) for name, tensor in carried.items()}
         else:
             layout = Layout.of(keep.sum(-1))
-            kept = keep.flatten().nonzero()[:, 0]
-            kept = kept[layout.order.to(kept.device)].to(key.device)
+            kept = keep.flatten().nonzero()[:, 0].to(key.device)
+            kept = kept[layout.order_on(key.device)]
             row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
             owners = row * heads + head
             if isinstance(codec, GatheringCodec) and uses_triton(key):
@@ -117,21 +117,29 @@ class Segment:
             keep: `[N]`, the entries to keep, counted through all segments in turn; None for all of them.
         """
         first, last = segments[0], segments[-1]
+        device, end = first.device, last.start + last.seen
         gapless = all(POSITIONS not in segment.held for segment in segments) and keep is None
-        run = torch.cat([segment.layout.owners for segment in segments])
-        column = torch.cat([segment.positions().cpu() for segment in segments])
-        chosen = torch.arange(len(run)) if keep is None else keep.cpu().nonzero()[:, 0]
-        lengths = run[chosen].bincount(minlength=len(first.layout.runs))
-        layout = Layout.of(lengths.view(first.layout.rows, first.layout.heads))
-        # runs one after the other, each in the order of the sequence; then as the layout stores them
-        end = last.start + last.seen
-        chosen = chosen[(run[chosen] * end + column[chosen]).argsort()][layout.order]
         payloads = [
-            segment.payload() if gapless else {**segment.payload(), POSITIONS: segment.positions().to(torch.int32)}
+            segment.payload()
+            if gapless
+            else {**segment.payload(), POSITIONS: segment.positions().to(device, torch.int32)}
             for segment in segments
         ]
+        if keep is None and all(segment.layout.uniform for segment in segments):
+            # every flush of a long context comes here: an index of all its entries would cost more than moving them
+            tokens = sum(segment.layout.lengths[0][0] for segment in segments)
+            layout = Layout(((tokens,) * first.layout.heads,) * first.layout.rows)
+            held = first.codec.join(payloads, first.layout.rows * first.layout.heads)
+            return replace(first, held=first.store.put(held), layout=layout, seen=end - first.start)
+        run = torch.cat([segment.layout.owners_on(device) for segment in segments])
+        column = torch.cat([segment.positions().to(device) for segment in segments])
+        chosen = torch.arange(len(run), device=device) if keep is None else keep.to(device).nonzero()[:, 0]
+        lengths = run[chosen].bincount(minlength=first.layout.rows * first.layout.heads)
+        layout = Layout.of(lengths.view(first.layout.rows, first.layout.heads))
+        # runs one after the other, each in the order of the sequence; then as the layout stores them
+        chosen = chosen[(run[chosen] * end + column[chosen]).argsort()][layout.order_on(device)]
         whole = first.codec.join(payloads) if len(payloads) > 1 else payloads[0]
-        held = first.codec.select(whole, chosen.to(first.device))
+        held = first.codec.select(whole, chosen)
         return replace(first, held=first.store.put(held), layout=layout, seen=end - first.start)
 
     def attend(
@@ -149,7 +157,8 @@ class Segment:
             return self.codec.attend(payload, start, shape, part, scale, softcap, mask, owners)
 
         by_runs = None
-        if not self.layout.uniform and isinstance(self.codec, RaggedCodec) and uses_triton(query):
+        ragged = not self.layout.uniform
+        if ragged and isinstance(self.codec, RaggedCodec) and self.codec.attends_runs(payload, query):
             by_runs = partial(self.codec.attend_runs, payload, scale=scale, softcap=softcap)
         if self.rows == tuple(range(self.layout.rows)):
             return self.layout.attend(attend_block, query, beside, by_runs)
@@ -177,11 +186,12 @@ class Segment:
         lengths = tuple(self.layout.lengths[row] for row in self.rows)
         layout = Layout(lengths)
         # entries of this segment, run after run, and where each run begins there
-        canonical = self.layout.order.argsort()
-        first = self.layout.runs.cumsum(0) - self.layout.runs
+        device = self.device
+        canonical = self.layout.order_on(device).argsort()
+        first = (self.layout.runs.cumsum(0) - self.layout.runs).to(device)
         source = torch.tensor(self.rows)[:, None] * self.layout.heads + torch.arange(self.layout.heads)
-        index = canonical[first[source.flatten()[layout.owners]] + layout.ranks]
-        held = self.codec.select(self.payload(), index.to(self.device), source.flatten())
+        index = canonical[first[source.flatten().to(device)[layout.owners_on(device)]] + layout.ranks_on(device)]
+        held = self.codec.select(self.payload(), index, source.flatten())
         return replace(self, held=self.store.put(held), layout=layout, rows=tuple(range(len(self.rows))))
 
     def crop(self, tokens: int) -> Segment | None:
@@ -204,7 +214,7 @@ class Segment:
         """The column of every entry in the sequence, `[N]`."""
         if POSITIONS in self.held:
             return self.held[POSITIONS].long()
-        return self.layout.ranks.to(self.device) + self.start
+        return self.layout.ranks_on(self.device) + self.start
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All entries, decoded, as rectangles whose short runs begin late.
@@ -213,8 +223,8 @@ class Segment:
             key and value `[S, H_kv, T_max, D]`, the index `[S, H_kv, T_max]` of the entry in each place, and a mask of
             that shape, False where there is none.
         """
-        key, value = self.codec.decode(self.payload(), self.layout.owners.to(self.device))
-        index, valid = (tensor.to(key.device) for tensor in self.layout.padded())
+        key, value = self.codec.decode(self.payload(), self.layout.owners_on(self.device))
+        index, valid = self.layout.padded(key.device)
         return key[index], value[index], index, valid
 
     def dense(self) -> list[list[tuple[Tensor, Tensor]]]:

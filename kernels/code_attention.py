@@ -29,12 +29,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
+from hf_kvcache.kernels.library import LIBRARY, at_once, refuse_gradient, straight_to_cpu, with_triton
 
 # entries decoded at once: their floats, half of a megabyte at head_dim 64, stay in the second-level cache
 ENTRIES = 2048
 # scores held at once, in numbers; more queries than that are attended in turns
 SCORES = 1 << 22
+# the same on a GPU, which a launch of so few would leave idle: 128 MiB at head_dim 128, and 256 MiB
+GPU_ENTRIES, GPU_SCORES = 1 << 18, 1 << 26
 
 LIBRARY.define(
     "code_attention(Tensor query, Tensor key_codes, Tensor key_scale, Tensor value_codes, Tensor value_scale,"
@@ -122,7 +124,7 @@ def code_attention_chunked(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Decodes `ENTRIES` entries at a time, on any device; scores and sums in float32."""
+    """Decodes some entries at a time, on any device; scores and sums in float32."""
     rows, heads, length, dim = query.shape
     blocks, entries = rows * heads, len(key_codes)
     tokens = entries // blocks
@@ -130,7 +132,7 @@ def code_attention_chunked(
     shift = None if bias is None else bias.reshape(blocks, length, 1).to(torch.float32) * scale
     if mask is not None:
         mask = mask.expand(rows, heads, length, tokens).reshape(blocks, length, tokens)
-    turn = max(1, SCORES // max(1, entries))
+    turn = max(1, at_once(query.device, SCORES, GPU_SCORES) // max(1, entries))
     parts = []
     for first in range(0, length, turn):
         some = slice(first, first + turn)
@@ -187,14 +189,15 @@ def _attend(
 def _decoded(
     codes: Tensor, levels: Tensor, blocks: int, tokens: int, dim: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields (blocks, tokens, decoded `[blocks, tokens, D]`) with about `ENTRIES` entries at a time."""
+    """Yields (blocks, tokens, decoded `[blocks, tokens, D]`) with about as many entries at a time as fit."""
     bits = (levels.numel() - 1).bit_length()
     table = look_up_table(tuple(levels.tolist()), bits, codes.device)
-    together = max(1, ENTRIES // max(1, tokens))
+    most = at_once(codes.device, ENTRIES, GPU_ENTRIES)
+    together = max(1, most // max(1, tokens))
     for block in range(0, blocks, together):
         count = min(together, blocks - block)
-        for token in range(0, tokens, ENTRIES):
-            size = min(ENTRIES, tokens - token)
+        for token in range(0, tokens, most):
+            size = min(most, tokens - token)
             start = block * tokens + token
             found = _found(codes[start : start + count * size], table, bits)
             yield slice(block, block + count), slice(token, token + size), found.view(count, size, dim)

@@ -18,6 +18,9 @@ from torch import Tensor
 
 from hf_kvcache.kernels.library import LIBRARY, refuse_gradient, straight_to_cpu, with_triton
 
+# numbers of keys that are brought to float32 at once: 64 MiB
+NUMBERS = 1 << 24
+
 LIBRARY.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale, float softcap)"
     " -> (Tensor, Tensor)"
@@ -30,7 +33,7 @@ def decode_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The formula above in plain PyTorch; scores and sums in float32 (float64 for float64 inputs)."""
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.matmul(query, key.transpose(-1, -2)).to(accumulate) * scale
+    scores = _products(query.to(accumulate), key) * scale
     if softcap > 0:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -40,6 +43,19 @@ def decode_attention_reference(
         scores = scores.clamp_min(lowest)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     return torch.matmul(weights, value).to(query.dtype), torch.logsumexp(scores, dim=-1)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Q K^T in the dtype of the query; of keys in another, `NUMBERS` at a time are brought to it, for they are many."""
+    if key.dtype == query.dtype:
+        return torch.matmul(query, key.transpose(-1, -2))
+    tokens = key.shape[-2]
+    some = max(1, NUMBERS * tokens // max(1, key.numel()))
+    scores = query.new_empty(*query.shape[:-1], tokens)
+    for start in range(0, tokens, some):
+        part = key[..., start : start + some, :].to(query.dtype)
+        scores[..., start : start + some] = torch.matmul(query, part.transpose(-1, -2))
+    return scores
 
 
 def decode_attention_cpu(

@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.kernels.code_attention import pack
-from hf_kvcache.kernels.library import LIBRARY, straight_to_cpu, with_triton
+from hf_kvcache.kernels.library import LIBRARY, at_once, straight_to_cpu, with_triton
 
 # steps of the table of nearest levels in a root mean square: they miss only where two levels are nearly as near
 STEPS = 256
 # vectors at once: what is in work stays in the cache of the processor
 ROWS = 1024
+# the same on a GPU, which a launch of so few would leave idle
+GPU_ROWS = 1 << 18
 # norm of a vector that counts as zero: its reciprocal is still finite
 LEAST = 1e-30
 # the least scale of float16: zero would say that the mean was kept
@@ -95,7 +97,7 @@ def quantise(x: Tensor, levels: Tensor, factors: tuple[float, ...]) -> tuple[Ten
     Returns:
         codes, uint8 `[N, D]`; scales, float32 `[N]`, rounded to float16 where it holds them; and squared errors `[N]`.
     """
-    parts = [_quantise(rows, levels, factors) for rows in x.split(ROWS)]
+    parts = [_quantise(rows, levels, factors) for rows in x.split(at_once(x.device, ROWS, GPU_ROWS))]
     codes, scales, errors = (torch.cat(part) for part in zip(*parts, strict=True))
     return codes, scales, errors
 

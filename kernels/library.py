@@ -64,6 +64,18 @@ def uses_triton(tensor: Tensor) -> bool:
     return False
 
 
+def has_kernel(file: str, *arguments: Any) -> bool:
+    """Whether Triton computes on the first of these tensors, and has a kernel in this file of `triton_ops` for them."""
+    if not uses_triton(arguments[0]):
+        return False
+    return import_module(f"hf_kvcache.kernels.triton_ops.{file}").takes(*arguments)
+
+
+def at_once(device: torch.device, on_cpu: int, on_gpu: int) -> int:
+    """How much an operator in PyTorch works on at a time: what a CPU's caches hold, and what keeps a GPU busy."""
+    return on_cpu if device.type == "cpu" else on_gpu
+
+
 @lru_cache(maxsize=64)
 def why_not(device: torch.device) -> str | None:
     """Why Triton cannot run kernels on tensors of a device, None when it can."""
@@ -108,7 +120,9 @@ def with_triton(op: str, reference: Callable[..., Any], *keys: str, file: str = 
     def implementation(*arguments):
         if uses_triton(arguments[0]):
             launch = getattr(import_module(f"hf_kvcache.kernels.triton_ops.{file or op}"), op)
-            result = launch(*arguments)
+            # Triton launches on the current device, which need not be the one that the tensors are on
+            with torch.cuda.device_of(arguments[0]):
+                result = launch(*arguments)
             if result is not NotImplemented:
                 return result
         return reference(*arguments)

@@ -217,6 +217,17 @@ class CompiledDecode:
             place.fill_(length + step.taken)
         if mask is not None:
             step.alive.copy_(mask[:, -1].bool())
+        # streams and graphs are of the current device, which need not be the model's
+        with torch.cuda.device_of(step.ids):
+            self._compute(step, cache)
+        for layer in layers:
+            layer.advance()
+        step.taken += 1
+        self.replayed += 1
+        return type(step.output)(**{name: _copied(item) for name, item in step.output.items()}, past_key_values=cache)
+
+    def _compute(self, step: Step, cache: KVCache) -> None:
+        """Replays the step, recording it first where it is not yet."""
         capture = capture_for(self.device)
         if step.replay is not None:
             step.replay()
@@ -227,11 +238,6 @@ class CompiledDecode:
             self.recorded += 1
             # recording computes nothing
             step.replay()
-        for layer in layers:
-            layer.advance()
-        step.taken += 1
-        self.replayed += 1
-        return type(step.output)(**{name: _copied(item) for name, item in step.output.items()}, past_key_values=cache)
 
     def _run(self, step: Step, cache: KVCache) -> Any:
         """The forward, on the tensors of the step; its output without the cache, which a step must not keep alive."""

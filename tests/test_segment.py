@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from hf_kvcache.codecs import DenseCodec
+from hf_kvcache.codecs import DenseCodec, Fp8Codec, PaperTurboQuantCodec, TurboQuantCodec, UniformCodec
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layout import Layout
 from hf_kvcache.segment import Segment
@@ -167,6 +167,61 @@ def test_a_segment_does_not_change_with_its_inputs():
 def test_a_segment_has_no_gradient():
     key, value = (tensor.requires_grad_(True) for tensor in dense_kv())
     assert not any(tensor.requires_grad for tensor in seal(key, value).held.values())
+
+
+# joining
+
+
+CODECS = pytest.mark.parametrize(
+    "codec",
+    [
+        DenseCodec(),
+        TurboQuantCodec(),
+        TurboQuantCodec(key_bits=3, value_bits=2),
+        PaperTurboQuantCodec(key_bits=2.5, value_bits=2.5),
+        UniformCodec(group_size=8),
+        UniformCodec(key_axis="token", group_size=8),
+        Fp8Codec(),
+    ],
+    ids=repr,
+)
+
+
+def parts_of_one(codec, store, gaps: bool = False) -> list[Segment]:
+    """Three segments of one sequence, of equally long runs; in the first, with gaps, tokens were dropped."""
+    segments: list[Segment] = []
+    for start, tokens in ((0, 11), (11, 8), (19, 5)):
+        key, value = (draw(2, HEADS, tokens, 32, seed=seed + start) for seed in (1, 2))
+        keep = None
+        if gaps and start == 0:
+            # every head keeps six, each its own
+            keep = draw(2, HEADS, tokens, seed=3).argsort(-1).argsort(-1) < 6
+        like = segments[0] if segments else None
+        carried = {"score": draw(2, HEADS, tokens, seed=4 + start)}
+        segments.append(Segment.seal(codec, store, key, value, keep, start=start, carried=carried, like=like))
+    return segments
+
+
+@STORES
+@CODECS
+@pytest.mark.parametrize("gaps", [False, True], ids=["whole", "gaps"])
+def test_equally_long_runs_are_joined_without_an_index(monkeypatch, codec, store, gaps):
+    """And what comes of it is what the index gives."""
+    segments = parts_of_one(codec, store, gaps)
+    # which the general way needs, as when entries are dropped
+    everything = torch.ones(sum(segment.layout.entries for segment in segments), dtype=torch.bool)
+    expected = Segment.join(segments, everything)
+    with monkeypatch.context() as patched:
+        for index in ("owners_on", "order_on") if gaps else ("owners_on", "order_on", "ranks_on"):
+            patched.setattr(Layout, index, lambda *arguments: pytest.fail("an index was built"))
+        joined = Segment.join(segments)
+    assert joined.lengths == expected.lengths and joined.layout.uniform
+    assert (joined.start, joined.seen, joined.rows) == (expected.start, expected.seen, expected.rows)
+    assert joined.held.keys() == expected.held.keys() - (set() if gaps else {"positions"})
+    for name, tensor in joined.held.items():
+        assert tensor.dtype == expected.held[name].dtype and torch.equal(tensor, expected.held[name]), name
+    for one, other in zip(joined.padded(), expected.padded(), strict=True):
+        assert torch.equal(one, other)
 
 
 # attending

@@ -9,13 +9,14 @@ In order, so that a run that is cut short has answered the first questions first
 2. correctness: every kernel against float64, the assembly against plain Triton, memory poisoned with NaN
 3. decode attention of one layer (Llama-3.1-8B's shape): 4, 3 and 2 bits, dense bfloat16 of ours, SDPA, FlashAttention
 4. ragged heads: the same entries, spread more and more unevenly
-5. what a prompt costs: scoring, norms, selection, encoding; gated retention
-6. a whole token of a model with random weights: transformers' DynamicCache, ours dense, in codes, ragged; as graphs
+5. what a prompt costs: scoring, norms, selection, encoding, beside the attention of its layer; gated retention
+6. a whole token of a model with random weights: transformers' DynamicCache, ours dense, in codes, ragged; as graphs;
+   and, as a mean over 160 tokens, with the flushes in which a codec takes over what was decoded
 
 Times of kernels are medians of CUDA graph replays over copies of the data that together do not fit in the second-level
 cache. The share of copy is the bytes that must be moved (`roofline.py`), by the rate of the copy of step 1. Where there
-is a goal for the H200, the row has it. `value` is an error in step 2, and a ratio of times in steps 4 and 6. The rows
-that are there are written when a later part fails.
+is a goal for the H200, the row has it. `value` is an error in step 2, and a ratio of times in steps 4, 5 and 6. The
+rows that are there are written when a later part fails.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,15 +40,24 @@ class Bench:
     copy_rate: float = 1.0
 
     def time(self, call: Callable[[Any], Any], copies: list[Any], graph: bool = True) -> float | None:
-        """Median seconds of one call, over all copies in turn; None in a rehearsal, which calls it once.
+        """Median seconds of one call, over all copies in turn; None in a rehearsal, which calls it once."""
+        times = self.times(call, copies, graph)
+        return None if times is None else median(times)
+
+    def times(
+        self, call: Callable[[Any], Any], copies: list[Any], graph: bool = True, repetitions: int | None = None
+    ) -> list[float] | None:
+        """Seconds of one call, of every repetition; None in a rehearsal.
 
         Args:
             call: what is timed, with one copy of its data.
             copies: of the data.
             graph: replay a CUDA graph; False for what cannot be recorded, whose launches count then.
+            repetitions: how often, where it matters; a rehearsal calls it as often.
         """
         if self.rehearsal:
-            call(copies[0])
+            for _ in range(repetitions or 1):
+                call(copies[0])
             return None
 
         def all_of_them() -> None:
@@ -66,14 +76,14 @@ class Bench:
             run = recorded.replay
         run()
         times = []
-        for _ in range(REPETITIONS):
+        for _ in range(repetitions or REPETITIONS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / len(copies))
-        return sorted(times)[len(times) // 2]
+        return times
 
     def row(self, what: str, size: str, seconds: float | None, number: float = 0, **more: Any) -> dict[str, Any]:
         """A line of the table; `number` are the bytes that must be moved at least."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from statistics import fmean, median
 from typing import Any
 
 import roofline
@@ -108,46 +109,89 @@ def ragged(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def prompts(bench: Bench) -> Iterator[dict[str, Any]]:
-    """What eviction and encoding add to the prefill of one layer, and retention."""
+    """What eviction and encoding add to the prefill of one layer, its attention itself, and retention."""
     heads, group, dim = bench.heads, bench.group, bench.dim
     hidden, window = heads * group * dim, min(64, bench.contexts[0])
     turned = rotation("hadamard", dim, 0, bench.device)
     books = {bits: (cubic(dim, bits),) * 2 for bits in GOALS}
     for tokens in bench.contexts:
         size = f"1 x {tokens}"
-        key, value = (bench.draw(1, heads, tokens, dim) for _ in range(2))
-        query = bench.draw(1, heads, group, window, dim)
-        weight = bench.draw(heads, group, dim, hidden, dtype=torch.float32)
-        gram = weight @ weight.mT
-        score = torch.rand(1, heads, tokens, device=bench.device)
-        counts = torch.full((1, heads), tokens // 4, device=bench.device)
-        seconds = bench.time(lambda d: window_scores(*d, scale=dim**-0.5), [(query, key)])
-        yield bench.row("window scores", size, seconds,
-                        roofline.window_scores(heads, tokens, dim, 2, group, window).least)  # fmt: skip
-        for norm, matrix in (("L2", gram), ("L1", weight)):
-            seconds = bench.time(lambda d: value_norm(*d), [(value, matrix, matrix is gram)])
-            number = roofline.value_norm(heads, tokens, dim, 2, heads, group, matrix.shape[3]).least
+
+        def kv(tokens=tokens):
+            return bench.draw(1, heads, tokens, dim)
+
+        added: list[float | None] = []
+        number = roofline.window_scores(heads, tokens, dim, 2, group, window).least
+        data = bench.copies(lambda make=kv: (bench.draw(1, heads, group, window, dim), make()), number)
+        added.append(bench.time(lambda d: window_scores(*d, scale=dim**-0.5), data))
+        yield bench.row("window scores", size, added[-1], number)
+        for norm, width in (("L2", dim), ("L1", hidden)):
+            number = roofline.value_norm(heads, tokens, dim, 2, heads, group, width).least
+
+            def valued(make=kv, width=width):
+                return make(), bench.draw(heads, group, dim, width, dtype=torch.float32)
+
+            seconds = bench.time(lambda d, gram=norm == "L2": value_norm(*d, gram), bench.copies(valued, number))
+            added += [seconds] if norm == "L2" else []
             yield bench.row(f"value norm, {norm}", size, seconds, number)
-        seconds = bench.time(lambda d: select(*d), [(score, counts)])
-        yield bench.row("select", size, seconds, roofline.select(heads, tokens).least)
-        mean, owners = key.mean(2).flatten(0, 1), torch.arange(heads, device=bench.device).repeat_interleave(tokens)
+        number = roofline.select(heads, tokens).least
+        counts = torch.full((1, heads), tokens // 4, device=bench.device)
+        data = bench.copies(lambda t=tokens: torch.rand(1, heads, t, device=bench.device), number)
+        added.append(bench.time(lambda d, few=counts: select(d, few), data))
+        yield bench.row("select", size, added[-1], number)
+        owners = torch.arange(heads, device=bench.device).repeat_interleave(tokens)
         for bits in (4, 3, 2):
-            call = lambda d, own=books[bits]: encode_entries(*d, turned, own, FACTORS)  # noqa: E731
-            seconds = bench.time(call, [(key, value, None, owners, mean)])
             number = roofline.encode_entries(heads * tokens, dim, (bits, bits), 2, gather=False, owned=True).least
+
+            def whole(make=kv, owners=owners):
+                key = make()
+                return key, make(), None, owners.clone(), key.mean(2).flatten(0, 1)
+
+            call = lambda d, own=books[bits]: encode_entries(*d, turned, own, FACTORS)  # noqa: E731
+            seconds = bench.time(call, bench.copies(whole, number))
             goal = "50 microseconds" if tokens == 32768 else None
             yield bench.row(f"encode {bits} bits", size, seconds, number, goal=goal)
-        kept = torch.arange(0, heads * tokens, 4, device=bench.device)
+        number = roofline.encode_entries(heads * tokens // 4, dim, (4, 4), 2, gather=True, owned=True).least
+
+        def kept(make=kv, tokens=tokens):
+            key, index = make(), torch.arange(0, heads * tokens, 4, device=bench.device)
+            return key, make(), index, index // tokens, key.mean(2).flatten(0, 1)
+
         call = lambda d: encode_entries(*d, turned, books[4], FACTORS)  # noqa: E731
-        seconds = bench.time(call, [(key, value, kept, kept // tokens, mean)])
-        number = roofline.encode_entries(len(kept), dim, (4, 4), 2, gather=True, owned=True).least
-        yield bench.row("encode 4 bits, a quarter of the entries gathered", size, seconds, number)
+        added.append(bench.time(call, bench.copies(kept, number)))
+        yield bench.row("encode 4 bits, a quarter of the entries gathered", size, added[-1], number)
+        data = bench.copies(lambda t=tokens: layer_of(bench, t), hidden * tokens * 2)
+        prefill = bench.time(lambda d: attention_of_a_layer(bench, *d), data)
+        del data
+        yield bench.row("prefill attention and its projections", size, prefill)
+        # window scores, L2 norm, selection and the gathered encoding
+        total = sum(added) if prefill and all(added) else None
+        yield bench.row("what eviction to codes adds to it", size, total, goal="value <= 0.01",
+                        value=total and total / prefill)  # fmt: skip
         states = heads * group
-        data = tuple(bench.draw(1, states, tokens, dim) for _ in range(3))
-        gates = torch.nn.functional.logsigmoid(bench.draw(1, states, tokens, dtype=torch.float32)) / 16
-        seconds = bench.time(lambda d: gated_retention(*d), [(*data, gates)])
         number = roofline.gated_retention(states, tokens, dim, dim, 2).least
+
+        def gated(tokens=tokens, states=states):
+            gates = torch.nn.functional.logsigmoid(bench.draw(1, states, tokens, dtype=torch.float32)) / 16
+            return (*(bench.draw(1, states, tokens, dim) for _ in range(3)), gates)
+
+        seconds = bench.time(lambda d: gated_retention(*d), bench.copies(gated, number))
         yield bench.row("gated retention", size, seconds, number, goal=0.5 if tokens >= 8192 else None)
+
+
+def layer_of(bench: Bench, tokens: int) -> tuple[torch.Tensor, ...]:
+    """The input of a layer's attention, and its projections: to query, key and value, one behind the other, and out."""
+    hidden, one = bench.heads * bench.group * bench.dim, bench.heads * bench.dim
+    into, out = (bench.draw(hidden, width) * hidden**-0.5 for width in (hidden + 2 * one, hidden))
+    return bench.draw(1, tokens, hidden), into, out
+
+
+def attention_of_a_layer(bench: Bench, hidden: torch.Tensor, into: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Over a whole prompt, without positions."""
+    made = (hidden @ into).unflatten(2, (-1, bench.dim)).transpose(1, 2)
+    query, key, value = made.split([bench.heads * bench.group, bench.heads, bench.heads], dim=1)
+    seen = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return seen.transpose(1, 2).flatten(2) @ out
 
 
 def whole_steps(bench: Bench, model: Callable[[], Any], shapes: list[tuple[int, int]]) -> Iterator[dict[str, Any]]:
@@ -171,14 +215,24 @@ def whole_steps(bench: Bench, model: Callable[[], Any], shapes: list[tuple[int, 
         yield bench.row("a token, DynamicCache", size, base)
         del cache
         for method, graph in ((None, False), (None, True), ("turboquant", True), ("adakv+turboquant", True)):
-            options = {"budget": 0.25} if method and "adakv" in method else {}
+            options: dict[str, Any] = {"budget": 0.25} if method and "adakv" in method else {}
+            if method and bench.rehearsal:
+                # or it would never come to a flush
+                options["block_size"] = 12
             patch_model(made, method, **options)
             if graph:
                 compile_decode(made)
             cache = filled(made, bench, batch, tokens, shape)
-            seconds = bench.time(lambda c, t=token: made(t, past_key_values=c), [cache], graph=False)
+            # so many that new tokens are encoded and the graph is recorded anew: the mean has that, the median not
+            steps = None if method is None else 14 if bench.rehearsal else 160
+            times = bench.times(lambda c, t=token: made(t, past_key_values=c), [cache], graph=False, repetitions=steps)
             what = f"a token, {method or 'dense'}{', as a graph' if graph else ''}"
+            seconds = times and median(times)
             yield bench.row(what, size, seconds, value=base and seconds and base / seconds)
+            if method:
+                assert all(len(layer.segments) == 1 and layer.segments[0].seen > tokens for layer in cache.layers)
+                average = times and fmean(times)
+                yield bench.row(f"{what}, with its flushes", size, average, value=base and average and base / average)
             if (method, graph) == (None, True):
                 base = seconds
             del cache

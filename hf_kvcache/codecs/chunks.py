@@ -1,7 +1,7 @@
 """`ChunkedCodec`: attention over encoded entries in plain PyTorch, for codecs without a kernel of their own.
 
 A few thousand entries are decoded, attended and forgotten at a time, and the partial results merged: no dense copy of
-more than `ENTRIES` entries exists.
+more than that exists.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.library import at_once
 from hf_kvcache.kernels.merge_states import merge_states
 
 ENTRIES = 4096
+# the same on a GPU, which a launch of so few would leave idle
+GPU_ENTRIES = 1 << 18
 
 
 class ChunkedCodec(ABC):
@@ -55,15 +58,16 @@ class ChunkedCodec(ABC):
         folded = folded.reshape(blocks, 1, *folded.shape[2:])
         if mask is not None:
             mask = (mask if mask.dtype == torch.bool else mask == 0).flatten(0, 1).unsqueeze(1)
-        together = max(1, ENTRIES // max(1, tokens))
+        most = at_once(query.device, ENTRIES, GPU_ENTRIES)
+        together = max(1, most // max(1, tokens))
         outs, lses = [], []
         for block in range(0, blocks, together):
             some = slice(block, min(block + together, blocks))
             count = some.stop - block
             part = folded[some]
             out, lse = torch.zeros_like(part), part.new_full(part.shape[:3], -torch.inf, dtype=torch.float32)
-            for token in range(0, tokens, ENTRIES):
-                size = min(ENTRIES, tokens - token)
+            for token in range(0, tokens, most):
+                size = min(most, tokens - token)
                 first = start + block * tokens + token
                 key, value = (
                     decoded.to(query.dtype).view(count, 1, size, -1)
@@ -83,8 +87,8 @@ class ChunkedCodec(ABC):
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, self.shared, self.of_owners)
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=self._constant)
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, shared=self._constant, runs=runs)
 
     @property
     def _constant(self) -> tuple[str, ...]:

@@ -93,15 +93,24 @@ class Codec(Protocol):
         """
         ...
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        """The entries of several payloads, one after the other: of one that was encoded first, and of others that were
-        encoded like it."""
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        """The entries of several payloads: of one that was encoded first, and of others that were encoded like it.
+
+        Args:
+            payloads: in their order.
+            runs: how many equally long runs each of them holds, one after the other. The entries of a run come to lie
+                behind those of the same run in the payload before.
+        """
         ...
 
 
 @runtime_checkable
 class RaggedCodec(Codec, Protocol):
     """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
+
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        """Whether there is a kernel for this payload on this device; without one, `attend` block by block is faster."""
+        ...
 
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
@@ -167,10 +176,16 @@ def select_entries(
     return selected
 
 
-def join_entries(payloads: Sequence[Payload], shared: tuple[str, ...] = ()) -> Payload:
-    """The entries of all payloads; what does not count entries, named in `shared`, is the first one's."""
+def join_entries(payloads: Sequence[Payload], shared: tuple[str, ...] = (), runs: int = 1) -> Payload:
+    """The entries of all payloads, run by run; what does not count entries, named in `shared`, is the first one's."""
     first = payloads[0]
     return {
-        name: tensor if name in shared else torch.cat([payload[name] for payload in payloads])
+        name: tensor if name in shared else join_runs([payload[name] for payload in payloads], runs)
         for name, tensor in first.items()
     }
+
+
+def join_runs(tensors: Sequence[Tensor], runs: int) -> Tensor:
+    """Tensors of `runs` equally long runs as one of such runs."""
+    apart = [tensor.unflatten(0, (runs, len(tensor) // runs)) for tensor in tensors]
+    return torch.cat(apart, dim=1).flatten(0, 1)

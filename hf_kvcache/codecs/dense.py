@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_kvcache.codecs.codec import Payload, join_entries, select_entries
 from hf_kvcache.kernels.decode_attention import decode_attention
+from hf_kvcache.kernels.library import has_kernel
 from hf_kvcache.kernels.ragged_attention import ragged_decode_attention
 
 
@@ -47,6 +48,9 @@ class DenseCodec:
             key, value = key.expand(-1, readers, -1, -1), value.expand(-1, readers, -1, -1)
         return decode_attention(query, key, value, mask, scale=scale, softcap=softcap)
 
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        return has_kernel("decode_attention", query, payload["key"], payload["value"])
+
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
@@ -57,8 +61,8 @@ class DenseCodec:
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index)
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads)
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, runs=runs)
 
 
 def _own(tensor: Tensor) -> Tensor:

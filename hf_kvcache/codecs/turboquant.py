@@ -30,6 +30,7 @@ from hf_kvcache.codecs.rotation import rotation
 from hf_kvcache.codecs.scalar import stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of
 from hf_kvcache.kernels.encode_entries import chosen, encode_entries, of_owners
+from hf_kvcache.kernels.library import has_kernel
 from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
 BITS = (2, 3, 4, 8)
@@ -123,6 +124,13 @@ class TurboQuantCodec:
         )
         return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
 
+    def attends_runs(self, payload: Payload, query: Tensor) -> bool:
+        key, value = (
+            (payload[f"{name}_codes"], payload[f"{name}_scale"], levels)
+            for name, levels in zip(("key", "value"), self._levels(query), strict=True)
+        )
+        return has_kernel("code_attention", query, key, value)
+
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
@@ -145,8 +153,8 @@ class TurboQuantCodec:
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return join_entries(payloads, shared=("mean",))
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return join_entries(payloads, shared=("mean",), runs=runs)
 
     def _encode(self, key: Tensor, value: Tensor, index: Tensor | None, owners: Tensor | None, mean: Tensor) -> Payload:
         """The payload of entries of `[B, H, T, D]`, all of them or those of an index."""

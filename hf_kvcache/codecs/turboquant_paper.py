@@ -160,8 +160,8 @@ class PaperTurboQuantCodec(ChunkedCodec):
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return super().select(self._with_order(payload), index, owners)
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
-        return super().join([self._with_order(payload) for payload in payloads])
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
+        return super().join([self._with_order(payload) for payload in payloads], runs)
 
     def _with_order(self, payload: Payload) -> Payload:
         """The payload with an order for every entry, where channels have orders."""

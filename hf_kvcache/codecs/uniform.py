@@ -94,16 +94,17 @@ class UniformCodec(ChunkedCodec):
             shared=(*self.shared, "key_step", "key_zero"),
         )
 
-    def join(self, payloads: Sequence[Payload]) -> Payload:
+    def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
         if self.key_axis == "token":
-            return super().join(payloads)
+            return super().join(payloads, runs)
         parts, groups = [], 0
         for payload in payloads:
-            entries = torch.arange(len(payload["key_codes"]))
+            entries = torch.arange(len(payload["key_codes"]), device=payload["key_codes"].device)
             parts.append(payload | {"key_group": (self._group_of(payload, entries) + groups).to(torch.int32)})
             groups += len(payload["key_step"])
-        # steps and zeros count groups, and are joined like entries all the same
-        return super().join(parts)
+        # steps and zeros count groups, which lie payload after payload
+        by_group = {name: torch.cat([part.pop(name) for part in parts]) for name in ("key_step", "key_zero")}
+        return super().join(parts, runs) | by_group
 
     def _by_token(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[N, D]`, steps and zeros `[N, groups]`."""

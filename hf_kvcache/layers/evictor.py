@@ -157,7 +157,7 @@ class Evictor:
                 for name in self.carried:
                     held[name][index[rows][valid[rows]]] = decided[1][name][valid[rows]]
         self._forget_queries(unsettled)
-        keep = torch.zeros(len(whole.layout.owners), dtype=torch.bool, device=key.device)
+        keep = torch.zeros(whole.layout.entries, dtype=torch.bool, device=key.device)
         keep[index[valid]] = kept[valid]
         return Segment.join([replace(whole, held=whole.store.put(held))], keep)
 

@@ -70,8 +70,11 @@ class Replay:
         return torch.cat(outs, dim=1)
 
     def _remember(self, query: Tensor, lse: Tensor, call: AttentionCall) -> None:
+        # rounded to 16 bits, a product would change the highest weights more than they differ
+        accumulate = torch.promote_types(query.dtype, torch.float32)
+        key = self.key[:, :, self._part].to(accumulate)
         # the small factor is scaled, not the large product
-        logits = torch.matmul(query * call.scale, self.key[:, :, self._part].transpose(-1, -2)).float()
+        logits = torch.matmul(query.to(accumulate) * call.scale, key.transpose(-1, -2))
         if call.softcap:
             logits = torch.tanh(logits / call.softcap) * call.softcap
         highest = logits.sub_(lse.unsqueeze(-1)).amax(2).exp_()

@@ -194,7 +194,7 @@ class _Window:
     def entry_bytes(self, layer: int, pair: Widths) -> float:
         """Bytes of one key and value of a head in these widths."""
         segment = self.segments[layer][self.widths.index(pair)][0]
-        return storage_bytes(segment.tensors()) / len(segment.layout.owners)
+        return storage_bytes(segment.tensors()) / segment.layout.entries
 
     def full_bytes(self, layer: int) -> float:
         """Bytes of one key and value of a head in 16 bits."""

@@ -72,8 +72,10 @@ def dense_kernel(
         if CAP:
             scores = tanh_capped(scores, cap)
         if MASKING:
+            # of 64 bits: a long turn has many query rows, and each is a row of the mask
+            seen_from = row * mask_run + head * mask_head + column[None, :].to(tl.int64) * mask_row
             seen = tl.load(
-                MASK + row * mask_run + head * mask_head + column[None, :] * mask_row + place[:, None] * mask_token,
+                MASK + seen_from + place[:, None] * mask_token,
                 mask=inside[:, None] & real[None, :],
                 other=0,
             )

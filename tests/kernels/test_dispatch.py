@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import pytest
 import torch
 
 from hf_kvcache import patch_model
+from hf_kvcache.codecs import DenseCodec, TurboQuantCodec, chunks
+from hf_kvcache.kernels import code_attention as code_attention_module
+from hf_kvcache.kernels import encode_entries as encode_entries_module
 from hf_kvcache.kernels import library
 from hf_kvcache.kernels.code_attention import code_attention, pack
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.segment import Segment
+from hf_kvcache.stores import DeviceStore
 from hf_kvcache.testing import greedy, random_ids, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +66,24 @@ def test_the_variable_is_read_at_every_call(launches, monkeypatch):
     monkeypatch.setenv(library.BACKEND, "reference")
     decode_attention(*inputs(), scale=0.2)
     assert launches == ["decode_attention"]
+
+
+@NEEDS_TRITON
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(launches, monkeypatch):
+    """The current device may be another one: Triton would launch there."""
+    within = []
+
+    @contextmanager
+    def device_of(tensor):
+        within.append((tensor, len(launches)))
+        yield
+        within.append((tensor, len(launches)))
+
+    monkeypatch.setenv(library.BACKEND, "triton")
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    query, key, value = inputs()
+    decode_attention(query, key, value, scale=0.2)
+    assert [count for _, count in within] == [1, 1] and all(tensor is query for tensor, _ in within)
 
 
 def test_another_value_of_the_variable_is_an_error(monkeypatch):
@@ -182,6 +206,46 @@ def test_a_model_generates_the_same_tokens(monkeypatch, launches, method):
     assert {"decode_attention", "merge_states"} <= set(launches)
     if method and "turboquant" in method:
         assert {"code_attention", "ragged_attention"} & set(launches)
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize(
+    "codec,dim,dtype",
+    [
+        (TurboQuantCodec(8, 8), 32, torch.float32),
+        (TurboQuantCodec(4, 8), 32, torch.float32),
+        (TurboQuantCodec(4, 4), 24, torch.float32),
+        (DenseCodec(), 16, torch.float64),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("rows", [[0, 1], [1, 1, 0]], ids=str)
+def test_ragged_heads_without_a_kernel_are_attended_by_blocks(monkeypatch, codec, dim, dtype, rows):
+    """The reference of the ragged operators reads the list of work back to the host, which no graph can."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(2, 2, 90, dim, generator=generator, dtype=dtype) for _ in range(2))
+    keep = torch.rand(2, 2, 90, generator=generator) < torch.tensor([0.3, 0.8])[:, None]
+    query = torch.randn(len(rows), 2, 3, dim, generator=generator, dtype=dtype)
+    monkeypatch.setenv(library.BACKEND, "reference")
+    segment = Segment.seal(codec, DeviceStore(), key, value, keep).select_rows(rows)
+    expected = segment.attend(query, dim**-0.5, 0.0)
+    monkeypatch.setenv(library.BACKEND, "triton")
+    monkeypatch.setattr("hf_kvcache.kernels.ragged_attention._by_stretch", lambda *_: pytest.fail("one by one"))
+    for actual, tensor in zip(segment.attend(query, dim**-0.5, 0.0), expected, strict=True):
+        # blocks without a mask have a kernel where the codes have one
+        torch.testing.assert_close(actual, tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpu_gets_more_at_a_time_than_a_cpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    for module, names in (
+        (code_attention_module, ("ENTRIES", "SCORES")),
+        (encode_entries_module, ("ROWS",)),
+        (chunks, ("ENTRIES",)),
+    ):
+        for name in names:
+            few, many = getattr(module, name), getattr(module, f"GPU_{name}")
+            assert library.at_once(cpu, few, many) == few < library.at_once(gpu, few, many) >= 1 << 18
 
 
 def copy_without_triton_ops(target: Path) -> Path:

@@ -23,7 +23,8 @@ def test_the_rehearsal():
         *("what copy", "what correct: 3 bits, cubic, ragged", "what correct: encode_entries, 2 bits, values"),
         *("what correct: gated_retention, state", "what correct: select", "what SDPA bfloat16", "what window scores"),
         *("what 4 bits, longest run 16 x the mean", "what encode 4 bits", "what gated retention"),
-        *("what a token, DynamicCache", "what a token, adakv+turboquant, as a graph"),
+        *("what prefill attention and its projections", "what what eviction to codes adds to it"),
+        *("what a token, DynamicCache", "what a token, adakv+turboquant, as a graph, with its flushes"),
     ):
         assert any(line.startswith(part) for line in lines), f"no line begins with {part!r}"
     assert "nothing was measured and nothing is written" in lines[-1]

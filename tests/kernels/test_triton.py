@@ -231,6 +231,19 @@ def test_dense_over_views(no_reference):
     check("lse", lse, exact[1], 1e-5)
 
 
+def test_a_mask_of_more_than_two_billion_places(no_reference):
+    """Its rows lie so far apart that the last one begins behind what 32 bits can count; only they are ever touched."""
+    query, key, value = draw(1, 1, 5, 16, seed=1), draw(1, 1, 20, 16, seed=2), draw(1, 1, 20, 16, seed=3)
+    mask = draw(1, 1, 5, 20, seed=4) > 0
+    mask[..., 0] = True
+    apart = torch.empty(2**31 + 20, dtype=torch.bool).as_strided((1, 1, 5, 20), (0, 0, 2**29, 1))
+    apart.copy_(mask)
+    out, lse = decode_attention(query, key, value, apart, scale=0.25)
+    exact = oracle(query, key, value, mask, scale=0.25)
+    check("out", out, exact[0], 1e-5)
+    check("lse", lse, exact[1], 1e-5)
+
+
 def test_a_row_that_sees_nothing_is_finite(no_reference):
     query, key, value = draw(1, 1, 3, 64), draw(1, 1, 300, 64, seed=1), draw(1, 1, 300, 64, seed=2)
     mask = torch.ones(1, 1, 3, 300, dtype=torch.bool)
