@@ -44,9 +44,9 @@ from hf_kvcache.sequential.residual import Residual
 
 PAGE = 256
 ROOT = "0" * 64
-# rounding steps, 1/quality: with a basis in the unit of the calibration, without one in about the deviations of heads
+# rounding steps, 1/quality: with a basis in the unit of the calibration, without one in deviations of a head
 STEPS = (0.1, 0.14, 0.2, 0.28, 0.4)
-PLAIN_STEPS = (0.25, 0.35, 0.5, 0.7)
+PLAIN_STEPS = (0.25, 0.3, 0.35, 0.5)
 # what the picture shows: the beginning of a codec's name, and the line's label
 CURVES = {
     "residual step ": "residual, calibrated",

@@ -10,13 +10,12 @@ a number is taken off it, and the rest is rounded to a step and range coded.
 
 The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits, and with keys and values
 in one transform under the metric of the model's predictions. Without a basis the channels themselves are the
-components, with means of the page and a unit a head, from its deviation, its depth and its kind. The last, partial page
-of a prompt stays in 16 bit: it is the recent window, and will be written again when it is full.
+components, with means of the page and one deviation a head. The last, partial page of a prompt stays in 16 bit: it is
+the recent window, and will be written again when it is full.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,10 +32,6 @@ from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
 SINKS = 1
 # the default without a basis
 PLAIN_QUALITY = 3.0
-# without a basis, what the unit of a head is beside its deviation; found on the calibration sample with SmolLM2, where
-# each made the page at the same KL smaller: units differ less than deviations do, keys bear more than values, and upper
-# layers more than lower ones, whose errors travel on
-EVENNESS, KEYS_OVER_VALUES, TOP_OVER_BOTTOM = 0.8, 1.25**2, math.e
 # the finest quality, and one over the coarsest
 MOST = 1e6
 # what is taken off a size before it is rounded: a zero more costs less than it saves
@@ -53,8 +48,8 @@ class Residual:
 
     Args:
         quality: components are rounded to 1/quality. With a basis the unit is that of `calibration.sequential_basis`,
-            and 8 costs SmolLM2 about what 4 bits of TurboQuant do (`sequential_rate.csv`); without one it is about
-            the deviation of a head, and 3 does.
+            and 8 costs SmolLM2 about what 4 bits of TurboQuant do (`sequential_rate.csv`); without one it is the
+            deviation of a head, and 3 does.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
@@ -132,7 +127,11 @@ class Residual:
             self._check(geometry)
             return self.basis.parts, {}
         means = gather(tensors, range(len(geometry.producers))).mean(0)
-        stored = {"means": means.half().numpy().tobytes(), "scales": _units(tensors).half().numpy().tobytes()}
+        scales = torch.cat([tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind])
+        stored = {
+            "means": means.half().numpy().tobytes(),
+            "scales": scales.clamp_min(1e-6).half().numpy().tobytes(),
+        }
         return _restored_parts(stored, geometry), stored
 
     def _check(self, geometry: Geometry) -> None:
@@ -144,17 +143,6 @@ class Residual:
                 f"the basis is for layers {own[0]} with {own[1]} heads of {own[2]}, the cache has {given[0]}, "
                 f"{given[1]}, {given[2]}; calibrate one for this model and plan"
             )
-
-
-def _units(tensors: KeysValues) -> Tensor:
-    """What the step is a share of without a basis, by head: of keys, layer by layer, then of values."""
-    deviations = [tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind]
-    logs = torch.cat(deviations).clamp_min(1e-6).log()
-    heads = torch.tensor([len(key) for key in tensors[0]])
-    depth = torch.linspace(-0.5, 0.5, len(heads)).repeat_interleave(heads) * math.log(TOP_OVER_BOTTOM)
-    kind = math.log(KEYS_OVER_VALUES) / 2
-    logs = torch.lerp(logs.median(), logs, EVENNESS) + torch.cat([depth + kind, depth - kind])
-    return logs.exp().clamp_min(1e-6)
 
 
 def _centres(sizes: np.ndarray, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
