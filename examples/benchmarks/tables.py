@@ -239,15 +239,6 @@ def restore_table() -> str:
     return markdown(["", *(f"{length:,d} tokens" for length in lengths)], [["prefill", *prefill], *lines])
 
 
-def predictors_table() -> str:
-    """How well keys and values can be predicted."""
-    lines = [
-        [row["predictor"], *(f"{float(row[kind]):.2f}" if row[kind] else "-" for kind in ("key", "value"))]
-        for row in rows("sequential_predictors")
-    ]
-    return markdown(["predicted from", "R2 of keys", "R2 of values"], lines)
-
-
 def pareto_figure() -> str:
     """The plot of `pareto.py`, where it was drawn."""
     drawn = (RESULTS / "pareto.png").exists()
@@ -329,7 +320,6 @@ TABLES = {
     "yoco_from_scratch": yoco_scratch_table,
     "yoco_conversion": yoco_conversion_table,
     "restore": restore_table,
-    "predictors": predictors_table,
     "plans": plans_table,
     "tuning": tuning_table,
 }
