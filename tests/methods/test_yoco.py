@@ -437,6 +437,46 @@ def test_mean_is_the_mean():
     torch.testing.assert_close(found, sum(weights[2:]) / 4)
 
 
+def with_biases(family="qwen2"):
+    """A model whose key and value biases are large and differ by layer."""
+    model, generator = fresh(family, **DEEP), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.bias.copy_(10 * torch.randn(projection.bias.shape, generator=generator))
+    return model
+
+
+def test_mean_takes_biases_too():
+    model = with_biases()
+    biases = [layer.self_attn.v_proj.bias.clone() for layer in model.model.layers]
+    convert(model, "yoco", split=0.5, init="mean")
+    torch.testing.assert_close(model.model.layers[2].self_attn.v_proj.bias, sum(biases[2:]) / 4)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_ridge_fits_an_intercept(name):
+    model, wanted, inputs = with_biases(), {}, {}
+    projections = [getattr(layer.self_attn, name) for layer in model.model.layers]
+
+    def remember(module, args, output):
+        wanted.setdefault(module, output.flatten(0, 1).double())
+        inputs.setdefault(module, args[0].flatten(0, 1).double())
+
+    for projection in projections:
+        projection.register_forward_hook(remember)
+    # which runs the model as it was on what it fits to
+    convert(model, "yoco", split=0.5, init="ridge", calibration=calibration())
+    mean = torch.stack([wanted[projection] for projection in projections[2:]]).mean(0)
+    middle = projections[2]
+    found = inputs[middle] @ middle.weight.detach().double().T + middle.bias.detach().double()
+    # what a regression with an intercept leaves has no mean
+    assert float((found - mean).mean(0).abs().max()) <= 1e-4
+    with_ones = torch.cat([inputs[middle], torch.ones(len(mean), 1, dtype=torch.double)], 1)
+    best = with_ones @ torch.linalg.lstsq(with_ones, mean).solution
+    assert float((found - mean).norm()) <= 1.01 * float((best - mean).norm())
+
+
 def test_ridge_is_nearer_to_the_mean_of_the_values_than_what_it_replaces():
     model, ids = fresh("qwen2", **DEEP), calibration()
     wanted, inputs = {}, {}
