@@ -340,6 +340,26 @@ def test_saved_and_loaded_with_the_model(family, method, tmp_path):
     assert residual_names(loaded) == residual_names(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "some"}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_from_a_subfolder(options, tmp_path):
+    model = shake(patched())
+    model.save_pretrained(tmp_path / "below", **options)
+    assert (len(list((tmp_path / "below").glob("*.safetensors"))) > 1) == ("max_shard_size" in options)
+    asked = {name: value for name, value in options.items() if name == "variant"}
+    same(model, AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="below", **asked))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_by_the_name_of_a_repository(options, tmp_path):
+    model, commit = shake(patched()), "0" * 40
+    repository = tmp_path / "models--somebody--some-model"
+    model.save_pretrained(repository / "snapshots" / commit, **options)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    place = {"cache_dir": str(tmp_path), "local_files_only": True}
+    same(model, AutoModelForCausalLM.from_pretrained("somebody/some-model", **place))
+
+
 def test_trained_resumed_and_loaded(tmp_path):
     texts = [dict.fromkeys(("input_ids", "labels"), random_ids(length=12, seed=index)[0]) for index in range(8)]
 
