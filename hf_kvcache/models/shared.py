@@ -42,6 +42,19 @@ class SharedConfig(PreTrainedConfig):
         fields = {name: value for name, value in self.to_dict().items() if name != ENTRY}
         return AutoConfig.for_model(**{**fields, "model_type": entry["model_type"]})
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token in the cache in 16 bit, where no layer has a window: only producers keep any."""
+        original = self.original()
+        sources = plan_of(getattr(self, ENTRY)).source_layers
+        return len(set(sources)) * layer_bytes_per_token(original)
+
+
+def layer_bytes_per_token(config: PreTrainedConfig) -> int:
+    """Bytes that one layer with its own KV keeps of a token in 16 bit."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * 2
+
 
 class SharedForCausalLM:
     """What the Auto class calls: loads a model of the original family and attaches the plan."""

@@ -321,7 +321,19 @@ def test_the_3b_model_has_the_published_bytes():
     config = YocoConfig()
     assert config.kv_bytes_per_token == 4096
     assert 26 * config.kv_bytes_per_token == 106_496
-    assert config.state_bytes == 13 * 24 * 128**2 * 2
+    # states are sums over all tokens, and held in float32
+    assert config.state_bytes == 13 * 24 * 128**2 * 4
+
+
+@pytest.mark.parametrize(("kind", "method"), [("retention", "unpatched"), ("retention", "none"), ("window", "none")])
+def test_bytes_in_16_bit_are_those_of_the_configuration(kind, method):
+    model = patched_or_not(kind, method).bfloat16()
+    with torch.no_grad():
+        cache = model(random_ids(batch=1, length=40)).past_key_values
+    config = model.config
+    # of a window the token that leaves next is gone already
+    gone = 0 if kind == "retention" else config.state_bytes // config.sliding_window
+    assert live_bytes(cache) == 40 * config.kv_bytes_per_token + config.state_bytes - gone
 
 
 @every_kind
