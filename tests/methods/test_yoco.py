@@ -140,6 +140,16 @@ def test_upper_layers_compute_no_keys_and_values():
     assert set(called) == {0, 1}
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_hidden_states_are_of_all_positions(use_cache):
+    model, ids = patched(method="yoco"), random_ids(length=9)
+    asked = {"logits_to_keep": 1, "use_cache": use_cache}
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True, **asked)
+    assert [hidden.shape[1] for hidden in found.hidden_states] == [9] * 5
+    close(found.logits, logits(model, ids, **asked))
+
+
 class Plain:
     """A Llama forward with YOCO++ written out, for one sequence and no cache."""
 
