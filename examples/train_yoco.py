@@ -25,19 +25,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and results")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="text files, or a folder of them")
     parser.add_argument("--tokens", type=int, help="training tokens, 50,000 by default; from scratch: of each run")
+    parser.add_argument("--length", type=int, default=Budget.length, help="tokens of a row")
+    parser.add_argument("--batch", type=int, help=f"rows of a step, 2 by default; from scratch: {Budget.batch}")
     convert = parser.add_argument_group("conversion")
     convert.add_argument("--model", default="smollm2", help="folder or name of the model, or 'smollm2'")
     convert.add_argument("--method", default="yoco++", choices=["yoco", "yoco++"])
     convert.add_argument("--split", type=split, default=0.75, help="share or number of layers that keep their KV")
     convert.add_argument("--init", default="heal", choices=["reuse", "mean", "ridge", "heal"])
     convert.add_argument("--stages", nargs="+", choices=list(RATES), help="tokens are divided among them")
-    convert.add_argument("--length", type=int, default=256)
-    convert.add_argument("--batch", type=int, default=2)
     scratch = parser.add_argument_group("from scratch")
     scratch.add_argument("--from-scratch", action="store_true", help="compare small models on a text and on recall")
     scratch.add_argument("--seeds", type=int, default=2)
     scratch.add_argument("--tasks", nargs="+", default=["text", "recall"], choices=["text", "recall"])
     scratch.add_argument("--recall-steps", type=int, default=Budget.recall_steps)
+    scratch.add_argument("--width", type=int, default=Budget.width, help="of the models, a multiple of 128")
+    scratch.add_argument("--layers", type=int, default=Budget.layers, help="of the models, an even number")
     scratch.add_argument("--table", type=Path, help="CSV file to write; default: comparison.csv in the output folder")
     return parser.parse_args()
 
@@ -60,14 +62,36 @@ def convert_and_distill(options: argparse.Namespace) -> None:
     from hf_kvcache.cli import load_model
 
     teacher, tokenizer = load_model(options.model)
+    # weights in float32, whatever the checkpoint has: bfloat16 does not resolve the steps of an optimiser
+    teacher = teacher.float()
     student = copy.deepcopy(teacher)
     convert(student, options.method, split=options.split, init=options.init, tokenizer=tokenizer)
     texts = [file.read_text(encoding="utf-8") for file in text_files(options.text)] if options.text else shipped_texts()
     ids = torch.cat([torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
     stages = options.stages or ["projections", "upper"] + ["all"] * (options.method == "yoco++")
     each = (options.tokens or 50_000) // len(stages)
-    distill(student, teacher, ids, dict.fromkeys(stages, each), options.output, options.length, options.batch)
+    distill(student, teacher, ids, dict.fromkeys(stages, each), options.output, options.length, options.batch or 2)
     tokenizer.save_pretrained(options.output / "model")
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """What the options ask for; heads stay 64 wide, and the MLP as wide against the model as by default."""
+    width, layers = options.width, options.layers
+    if width < 128 or width % 128:
+        raise SystemExit(f"expected a multiple of 128 in --width, for two heads of 64 to a KV head, got {width}")
+    if layers < 2 or layers % 2:
+        raise SystemExit(f"expected an even number in --layers, half of them share their KV, got {layers}")
+    return Budget(
+        tokens=options.tokens or Budget.tokens,
+        recall_steps=options.recall_steps,
+        width=width,
+        layers=layers,
+        heads=width * Budget.heads // Budget.width,
+        kv_heads=width * Budget.kv_heads // Budget.width,
+        mlp=width * Budget.mlp // Budget.width,
+        length=options.length,
+        batch=options.batch or Budget.batch,
+    )
 
 
 def split(text: str) -> int | float:
@@ -78,8 +102,7 @@ def split(text: str) -> int | float:
 def main() -> None:
     options = parse()
     if options.from_scratch:
-        budget = Budget(tokens=options.tokens or Budget.tokens, recall_steps=options.recall_steps)
-        results = run_all(options.output, text_files(options.text), budget, options.seeds, options.tasks)
+        results = run_all(options.output, text_files(options.text), budget_of(options), options.seeds, options.tasks)
         write_comparison(options.output, results, options.table)
     else:
         convert_and_distill(options)

@@ -53,7 +53,8 @@ class Distiller(Trainer):
 
     def __init__(self, teacher: nn.Module, **options: Any) -> None:
         super().__init__(**options)
-        self.teacher = teacher
+        # the Trainer moves the student and what it reads, and knows nothing of the teacher
+        self.teacher = teacher.to(self.args.device)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs: Any) -> Any:
         asked = {"input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True}

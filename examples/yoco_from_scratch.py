@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from yoco_models import CONTROL, MODELS, build, count
+from yoco_models import CONTROL, MODELS, build, count, device
 
 # a context of associative recall: that many pairs, a gap longer than the control can see, then queries
 PAIRS, KEYS, GAP, QUERIES, RECALL_WINDOW = 4, 16, 30, 12, 8
@@ -112,7 +112,7 @@ def train(
     curve, recent = [], []
     model.train()
     for step in range(steps):
-        ids, labels = batches(step)
+        ids, labels = (tensor.to(model.device) for tensor in batches(step))
         with torch.autocast(model.device.type, torch.bfloat16):
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
@@ -137,6 +137,7 @@ def window_losses(model: PreTrainedModel, documents: Sequence[Tensor], length: i
     for ids in documents:
         windows = ids[: len(ids) // length * length].view(-1, length)
         for part in windows.split(16):
+            part = part.to(model.device)
             logits = model(part, use_cache=False).logits[:, :-1]
             found = functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
             losses += found.view(len(part), -1).mean(1).tolist()
@@ -146,7 +147,7 @@ def window_losses(model: PreTrainedModel, documents: Sequence[Tensor], length: i
 def train_on_text(name: str, seed: int, budget: Budget, ids: Tensor, documents: list[Tensor]) -> dict[str, Any]:
     """One run on the text."""
     parameters = count(build("transformer", budget.sizes(), budget.length // 2, seed))
-    model = build(name, budget.sizes(), budget.length // 2, seed, parameters)
+    model = build(name, budget.sizes(), budget.length // 2, seed, parameters).to(device())
     order = torch.Generator().manual_seed(1000 + seed)
     steps = budget.tokens // (budget.batch * budget.length)
     starts = torch.randint(len(ids) - budget.length, (steps, budget.batch), generator=order)
@@ -184,7 +185,7 @@ def recall_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
 def recall_accuracy(model: PreTrainedModel, contexts: int, seed: int) -> float:
     """Share of values that are predicted right, in contexts that training has not seen."""
     model.eval()
-    ids, labels = recall_batch(contexts, seed)
+    ids, labels = (tensor.to(model.device) for tensor in recall_batch(contexts, seed))
     found = model(ids, use_cache=False).logits[:, :-1].argmax(-1)
     asked = labels[:, 1:] != -100
     right = (found == labels[:, 1:])[asked]
@@ -198,7 +199,7 @@ def train_on_recall(name: str, seed: int, budget: Budget) -> dict[str, Any]:
         vocab_size=2 * KEYS + 1, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_key_value_heads=4
     )
     parameters = count(build("transformer", sizes, RECALL_WINDOW, seed))
-    model = build(name, sizes, RECALL_WINDOW, seed, parameters)
+    model = build(name, sizes, RECALL_WINDOW, seed, parameters).to(device())
     offset = 10**5 * (seed + 1)
     began = time.process_time()
     curve = train(

@@ -23,8 +23,13 @@ MODELS = ("transformer", *NATIVE, *PATCHED)
 CONTROL = "window-only"
 
 
+def device() -> torch.device:
+    """Where models are trained: on the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def build(name: str, sizes: dict[str, Any], window: int, seed: int, parameters: int | None = None) -> PreTrainedModel:
-    """A model of random weights.
+    """A model of random weights, on the CPU: they are the same wherever it is trained.
 
     Args:
         name: one of `MODELS`, or `CONTROL`, a Transformer with windows in all layers.

@@ -82,10 +82,11 @@ def _backward(ctx, grad_out, grad_last):
 
     dq is one with the roles of keys and values exchanged, dk and dv are two that run from the last token to the first.
     A log decay scales all that its token and later ones read from before, so its gradient is a sum over later tokens.
+    That is a sum of small differences, so all is computed in the type of sums, and rounded when it is returned.
     """
-    query, key, value, log_decay, state, last = ctx.saved_tensors
+    *given, log_decay, state, last = ctx.saved_tensors
     accumulate = last.dtype
-    grad_out, grad_last = grad_out.to(query.dtype), grad_last.to(accumulate)
+    query, key, value, grad_out, grad_last = (tensor.to(accumulate) for tensor in (*given, grad_out, grad_last))
     flipped = None if state is None else state.transpose(-1, -2).contiguous()
     grad_query, _ = gated_retention(grad_out, value, key, log_decay, flipped, chunk=ctx.chunk)
     # seen from the end, a token is decayed by the gate of the token behind it, and the last one not at all
@@ -94,14 +95,12 @@ def _backward(ctx, grad_out, grad_last):
     grad_key, _ = gated_retention(v, g, q, shifted, grad_last.transpose(-1, -2).contiguous(), chunk=ctx.chunk)
     grad_value, grad_first = gated_retention(k, q, g, shifted, grad_last, chunk=ctx.chunk)
     grad_key, grad_value = grad_key.flip(2), grad_value.flip(2)
-    read = (query.to(accumulate) * grad_query).sum(-1) - (key.to(accumulate) * grad_key).sum(-1)
+    read = (query * grad_query).sum(-1) - (key * grad_key).sum(-1)
     later = read.flip(-1).cumsum(-1).flip(-1)
     grad_decay = later + (grad_last * last).sum((-1, -2)).unsqueeze(-1)
     grad_state = grad_first * log_decay[..., :1].to(accumulate).exp()[..., None]
     return (
-        grad_query.to(query.dtype),
-        grad_key.to(key.dtype),
-        grad_value.to(value.dtype),
+        *(grad.to(tensor.dtype) for grad, tensor in zip((grad_query, grad_key, grad_value), given, strict=True)),
         grad_decay.to(log_decay.dtype),
         None if state is None else grad_state.to(state.dtype),
         None,

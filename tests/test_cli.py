@@ -74,7 +74,20 @@ def test_report_reads_a_basis_and_refuses_what_it_does_not_know(monkeypatch, cap
 
 def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "report", "--config", "yoco")
-    assert code == 0 and "4,096 B" in out and "106,496 B" in out and "10,223,616 B" in out
+    assert code == 0 and "4,096 B" in out and "106,496 B" in out and "20,447,232 B, states in float32" in out
+
+
+@pytest.mark.parametrize("method", ["yoco", "yoco++"])
+def test_report_of_a_converted_model_counts_what_is_shared(monkeypatch, capsys, tmp_path, method):
+    patch_model(tiny_model("llama"), method, split=0.5).save_pretrained(tmp_path)
+    code, out, _ = run(monkeypatch, capsys, "report", "--config", tmp_path)
+    assert code == 0 and "keys and values of a token: 128 B; 256 B where every layer" in out
+
+
+def test_report_of_a_converted_model_with_windows_is_refused(monkeypatch, capsys, tmp_path):
+    patch_model(tiny_model("gemma3_text", num_hidden_layers=4), "yoco", split=3).save_pretrained(tmp_path)
+    code, _, err = run(monkeypatch, capsys, "report", "--config", tmp_path)
+    assert code == 2 and "gemma3_text has layers with windows" in err
 
 
 @pytest.mark.parametrize(
@@ -82,13 +95,14 @@ def test_report_of_a_configuration_is_the_papers_arithmetic(monkeypatch, capsys)
     [
         (("report",), "--config and a model"),
         (("report", "absent.safetensors"), "there is no file"),
+        (("report", "--config", "absent/model"), "expected the folder, name or model type"),
         (("calibrate", "kvsharer", "smollm2", "-o", "plan.safetensors", "--share", "2"), "share must be"),
         (("unheard-of",), "No such command"),
         (("tune", "absent", "-o", "plan"), "expected the folder or name of a model, or 'smollm2', got 'absent'"),
         (("tune", "smollm2", "-o", "plan", "--dtype", "int8"), "--dtype must be one of float32"),
         (("tune", "{tiny}", "-o", "plan", "--device", "abacus"), "--device must be 'auto' or one the model can run on"),
     ],
-    ids=["nothing", "file", "option", "command", "model", "dtype", "device"],
+    ids=["nothing", "file", "config", "option", "command", "model", "dtype", "device"],
 )
 def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, tiny, arguments, words):
     monkeypatch.chdir(tmp_path)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import hf_kvcache.models  # noqa: F401 - reads converted models
 from hf_kvcache import convert
 from hf_kvcache.testing import random_ids, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import train_yoco
 import yoco_distill
 import yoco_from_scratch
 import yoco_models
@@ -70,6 +72,93 @@ def test_distillation_brings_the_student_nearer_and_resumes(tmp_path):
     again, _ = run()
     for name, weight in again.state_dict().items():
         torch.testing.assert_close(weight, student.state_dict()[name])
+
+
+def test_the_teacher_goes_where_the_student_is(tmp_path):
+    class Teacher(nn.Linear):
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    moved = []
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    yoco_distill.Distiller(Teacher(2, 2), model=tiny_model("llama"), args=arguments)
+    assert moved == [arguments.device]
+
+
+class Arrived(Exception):
+    pass
+
+
+class Elsewhere(nn.Linear):
+    """A model on a device that cannot compute: it only says whether its input came there."""
+
+    device = torch.device("meta")
+
+    def forward(self, input_ids, labels=None, use_cache=False):
+        assert all(tensor.device == self.device for tensor in (input_ids, labels) if tensor is not None)
+        raise Arrived
+
+
+def test_tokens_go_where_the_model_is(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args: torch.inference_mode(False))
+    model, ids = Elsewhere(2, 2), random_ids(length=40)[0]
+    with pytest.raises(Arrived):
+        yoco_from_scratch.train(model, lambda step: (ids[None], ids[None]), 1, 1e-3)
+    with pytest.raises(Arrived):
+        yoco_from_scratch.window_losses(model, [ids], 8)
+    with pytest.raises(Arrived):
+        yoco_from_scratch.recall_accuracy(model, 2, seed=0)
+
+
+@pytest.mark.parametrize("task", ["text", "recall"])
+def test_models_are_trained_on_the_gpu_where_there_is_one(task, monkeypatch):
+    def stop(model, *args, **kwargs):
+        assert model.device.type == "meta"
+        raise Arrived
+
+    monkeypatch.setattr(yoco_from_scratch, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(yoco_from_scratch, "train", stop)
+    budget = yoco_from_scratch.Budget(tokens=96, width=32, layers=2, mlp=48, vocabulary=60, length=16, batch=3)
+    with pytest.raises(Arrived):
+        if task == "text":
+            yoco_from_scratch.train_on_text("transformer", 0, budget, random_ids(length=40)[0], [])
+        else:
+            yoco_from_scratch.train_on_recall("transformer", 0, budget)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert yoco_models.device() == torch.device("cuda")
+
+
+def asked(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["train_yoco.py", "-o", "out", *options])
+    return train_yoco.parse()
+
+
+def test_sizes_are_options(monkeypatch):
+    assert train_yoco.budget_of(asked(monkeypatch, "--from-scratch")) == yoco_from_scratch.Budget()
+    options = ("--width", "1024", "--layers", "12", "--batch", "32", "--length", "512")
+    found = train_yoco.budget_of(asked(monkeypatch, *options))
+    wanted = {"width": 1024, "layers": 12, "heads": 16, "kv_heads": 8, "mlp": 2816, "length": 512, "batch": 32}
+    assert found == yoco_from_scratch.Budget(**wanted)
+    for option, given in (("--width", "200"), ("--width", "0"), ("--layers", "5")):
+        with pytest.raises(SystemExit, match=f"{option}.*got {given}"):
+            train_yoco.budget_of(asked(monkeypatch, option, given))
+
+
+def test_a_checkpoint_in_16_bit_is_trained_in_float32(monkeypatch):
+    import hf_kvcache.cli
+
+    def distill(student, teacher, *args):
+        assert {weight.dtype for model in (student, teacher) for weight in model.parameters()} == {torch.float32}
+        raise Arrived
+
+    def tokenizer(text, **options):
+        return {"input_ids": [1, 2, 3]}
+
+    monkeypatch.setattr(hf_kvcache.cli, "load_model", lambda name: (tiny_model("llama").bfloat16(), tokenizer))
+    monkeypatch.setattr(train_yoco, "distill", distill)
+    with pytest.raises(Arrived):
+        train_yoco.convert_and_distill(asked(monkeypatch, "--init", "reuse", "--split", "0.5"))
 
 
 @pytest.mark.parametrize("name", [*yoco_models.MODELS, yoco_models.CONTROL])

@@ -5,9 +5,9 @@ them the other weights are kept.
 
 - `reuse`: the middle layer's keys and values as they are; no weight changes.
 - `mean`: the key and value projections of the middle layer and of all that read it are averaged (SwiftKV, arXiv
-  2410.03960).
+  2410.03960), biases too.
 - `ridge`: the middle layer's projections are refitted, by ridge regression from its input on calibration texts, to the
-  mean of the keys (before RoPE) and values of all that read it.
+  mean of the keys (before RoPE) and values of all that read it; with an intercept where they have a bias.
 - `heal`: as `reuse`, and then queries and output projections of the readers are refitted to the unmodified model's
   attention outputs, as KVSharer's healing does (`calibration.healing`).
 """
@@ -82,8 +82,8 @@ def convert(
             _bake(probe, probe.heal(SharingPlan(plan.source_layers, settings=plan.settings)))
         elif init != "reuse":
             weights = (_mean if init == "mean" else _ridge)(probe, plan, calibration)
-            for projection, weight in weights:
-                projection.weight.copy_(weight)
+            for own, changed in weights:
+                own.copy_(changed)
     attach_plan(target, replace(plan, fingerprint=""))
     return model
 
@@ -109,18 +109,22 @@ def _projections(probe: ModelProbe, layer: int) -> tuple[nn.Module, nn.Module]:
     return found[0], found[1]
 
 
-def _mean(probe: ModelProbe, plan: SharingPlan, calibration: Any) -> list[tuple[nn.Module, Tensor]]:
-    """For every producer that is read its projections and what their weights become."""
+def _mean(probe: ModelProbe, plan: SharingPlan, calibration: Any) -> list[tuple[Tensor, Tensor]]:
+    """For every producer that is read the weights and biases of its projections and what they become."""
     result = []
     for source, group in _groups(plan).items():
         for index, projection in enumerate(_projections(probe, source)):
-            weights = [_projections(probe, layer)[index].weight for layer in group]
-            result.append((projection, torch.stack(weights).mean(0)))
+            others = [_projections(probe, layer)[index] for layer in group]
+            for own, *tensors in zip(*(module.parameters() for module in (projection, *others)), strict=True):
+                result.append((own, torch.stack(tensors).mean(0)))
     return result
 
 
-def _ridge(probe: ModelProbe, plan: SharingPlan, calibration: Any) -> list[tuple[nn.Module, Tensor]]:
-    """As `_mean`, by regression: W = (X^T X + r I)^-1 X^T Y for inputs X of the producer and mean outputs Y."""
+def _ridge(probe: ModelProbe, plan: SharingPlan, calibration: Any) -> list[tuple[Tensor, Tensor]]:
+    """As `_mean`, by regression: W = (X^T X + r I)^-1 X^T Y for inputs X of the producer and mean outputs Y.
+
+    Where there is a bias, X and Y are taken about their means, and the bias is what maps one mean to the other.
+    """
     probe.use_texts(calibration, SAMPLES, LENGTH)
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -140,13 +144,20 @@ def _ridge(probe: ModelProbe, plan: SharingPlan, calibration: Any) -> list[tuple
         for index, projection in enumerate(_projections(probe, source)):
             inputs = seen[projection][0].double()
             wanted = torch.stack([seen[_projections(probe, layer)[index]][1] for layer in group]).mean(0).double()
-            if projection.bias is not None:
-                wanted = wanted - projection.bias.double()
-            gram = inputs.T @ inputs
-            gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-            weight = torch.linalg.solve(gram, inputs.T @ wanted).T
-            result.append((projection, weight.to(projection.weight.dtype)))
+            if projection.bias is None:
+                result.append((projection.weight, _fit(inputs, wanted)))
+                continue
+            middle, target = inputs.mean(0), wanted.mean(0)
+            weight = _fit(inputs - middle, wanted - target)
+            result += [(projection.weight, weight), (projection.bias, target - weight @ middle)]
     return result
+
+
+def _fit(inputs: Tensor, wanted: Tensor) -> Tensor:
+    """The weight `[out, in]` of a ridge regression without an intercept."""
+    gram = inputs.T @ inputs
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return torch.linalg.solve(gram, inputs.T @ wanted).T
 
 
 def _bake(probe: ModelProbe, plan: SharingPlan) -> None:

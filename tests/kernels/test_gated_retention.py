@@ -72,6 +72,21 @@ def test_gradients_of_the_forms_agree(length, reference):
         close(actual, expected)
 
 
+def test_gradient_of_the_gates_in_16_bit():
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        *given, state = inputs(2048, torch.bfloat16, batch=1, heads=2)
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in given[:3]]
+        # gates near 1, as in the model: what a token does is read by many later ones
+        decay = (given[3] / 16).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        out, _ = gated_retention(*tensors, decay, state.to(decay.dtype))
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+        (out * weight.to(dtype)).sum().backward()
+        found.append([tensor.grad for tensor in (*tensors, decay)])
+    for (actual, expected), bound in zip(zip(*found, strict=True), (*[2.0**-8] * 3, 1e-5), strict=True):
+        assert float((actual.double() - expected).norm() / expected.norm()) <= bound
+
+
 def test_gradient_against_finite_differences():
     tensors = [tensor.double().requires_grad_() for tensor in inputs(5, batch=1, heads=1, key_dim=3, value_dim=2)]
     assert torch.autograd.gradcheck(lambda *args: gated_retention(*args, chunk=2), tensors)

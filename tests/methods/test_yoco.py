@@ -140,6 +140,16 @@ def test_upper_layers_compute_no_keys_and_values():
     assert set(called) == {0, 1}
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_hidden_states_are_of_all_positions(use_cache):
+    model, ids = patched(method="yoco"), random_ids(length=9)
+    asked = {"logits_to_keep": 1, "use_cache": use_cache}
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True, **asked)
+    assert [hidden.shape[1] for hidden in found.hidden_states] == [9] * 5
+    close(found.logits, logits(model, ids, **asked))
+
+
 class Plain:
     """A Llama forward with YOCO++ written out, for one sequence and no cache."""
 
@@ -340,6 +350,26 @@ def test_saved_and_loaded_with_the_model(family, method, tmp_path):
     assert residual_names(loaded) == residual_names(model)
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "some"}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_from_a_subfolder(options, tmp_path):
+    model = shake(patched())
+    model.save_pretrained(tmp_path / "below", **options)
+    assert (len(list((tmp_path / "below").glob("*.safetensors"))) > 1) == ("max_shard_size" in options)
+    asked = {name: value for name, value in options.items() if name == "variant"}
+    same(model, AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="below", **asked))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_by_the_name_of_a_repository(options, tmp_path):
+    model, commit = shake(patched()), "0" * 40
+    repository = tmp_path / "models--somebody--some-model"
+    model.save_pretrained(repository / "snapshots" / commit, **options)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    place = {"cache_dir": str(tmp_path), "local_files_only": True}
+    same(model, AutoModelForCausalLM.from_pretrained("somebody/some-model", **place))
+
+
 def test_trained_resumed_and_loaded(tmp_path):
     texts = [dict.fromkeys(("input_ids", "labels"), random_ids(length=12, seed=index)[0]) for index in range(8)]
 
@@ -361,6 +391,8 @@ def test_trained_resumed_and_loaded(tmp_path):
 
 
 PLAIN = """
+import sys
+sys.modules["hf_kvcache"] = None  # an import of it fails, also where it is installed
 from transformers import AutoModelForCausalLM
 try:
     AutoModelForCausalLM.from_pretrained("model")
@@ -370,17 +402,9 @@ except ValueError as error:
 
 
 def test_plain_transformers_says_what_is_missing(tmp_path):
-    if _installed():
-        pytest.skip("hf_kvcache is installed in this environment")
     patched().save_pretrained(tmp_path / "model")
-    # isolated: this checkout cannot be imported
     result = subprocess.run([sys.executable, "-I", "-c", PLAIN], capture_output=True, text=True, cwd=tmp_path)
     assert "model type `needs_hf_kvcache`" in result.stdout, result.stderr
-
-
-def _installed() -> bool:
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('hf_kvcache') is None)"
-    return subprocess.run([sys.executable, "-I", "-c", probe]).returncode == 0
 
 
 def test_weights_of_another_plan_are_refused(tmp_path):
@@ -435,6 +459,46 @@ def test_mean_is_the_mean():
     convert(model, "yoco", split=0.5, init="mean")
     found = model.model.layers[2].self_attn.k_proj.weight
     torch.testing.assert_close(found, sum(weights[2:]) / 4)
+
+
+def with_biases(family="qwen2"):
+    """A model whose key and value biases are large and differ by layer."""
+    model, generator = fresh(family, **DEEP), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.bias.copy_(10 * torch.randn(projection.bias.shape, generator=generator))
+    return model
+
+
+def test_mean_takes_biases_too():
+    model = with_biases()
+    biases = [layer.self_attn.v_proj.bias.clone() for layer in model.model.layers]
+    convert(model, "yoco", split=0.5, init="mean")
+    torch.testing.assert_close(model.model.layers[2].self_attn.v_proj.bias, sum(biases[2:]) / 4)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_ridge_fits_an_intercept(name):
+    model, wanted, inputs = with_biases(), {}, {}
+    projections = [getattr(layer.self_attn, name) for layer in model.model.layers]
+
+    def remember(module, args, output):
+        wanted.setdefault(module, output.flatten(0, 1).double())
+        inputs.setdefault(module, args[0].flatten(0, 1).double())
+
+    for projection in projections:
+        projection.register_forward_hook(remember)
+    # which runs the model as it was on what it fits to
+    convert(model, "yoco", split=0.5, init="ridge", calibration=calibration())
+    mean = torch.stack([wanted[projection] for projection in projections[2:]]).mean(0)
+    middle = projections[2]
+    found = inputs[middle] @ middle.weight.detach().double().T + middle.bias.detach().double()
+    # what a regression with an intercept leaves has no mean
+    assert float((found - mean).mean(0).abs().max()) <= 1e-4
+    with_ones = torch.cat([inputs[middle], torch.ones(len(mean), 1, dtype=torch.double)], 1)
+    best = with_ones @ torch.linalg.lstsq(with_ones, mean).solution
+    assert float((found - mean).norm()) <= 1.01 * float((best - mean).norm())
 
 
 def test_ridge_is_nearer_to_the_mean_of_the_values_than_what_it_replaces():

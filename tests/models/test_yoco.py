@@ -5,7 +5,18 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import flash_attention_mask
 
 from hf_kvcache import KVSharer, SharingPlan, Yoco, new_cache, patch_model, report, unpatch_model
 from hf_kvcache.models import YocoConfig, YocoForCausalLM
@@ -192,6 +203,89 @@ def test_generated_tokens_do_not_depend_on_early_exit(kind):
     assert torch.equal(greedy(model, ids), expected)
 
 
+class LargestMask(TorchDispatchMode):
+    """Keeps the number of elements of the largest boolean tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.dtype == torch.bool:
+            self.size = max(self.size, found.numel())
+        return found
+
+
+@every_kind
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_early_exit_makes_no_mask_of_the_whole_prompt(kind, attention, rows):
+    model = model_of(kind, self_decoder_chunk_size=16)
+    model.set_attn_implementation(attention)
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (200, 130)])
+    whole = logits(model, ids, attention_mask=mask)
+    with LargestMask() as largest:
+        found = logits(model, ids, attention_mask=mask, logits_to_keep=rows)
+    close(found, whole[:, -rows:])
+    # a part of 16 tokens and a window before it, or some rows over all tokens
+    assert largest.size <= 2 * 16 * 200
+
+
+@every_kind
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_early_exit_after_earlier_tokens_and_padding(kind, attention, rows, use_cache):
+    model = model_of(kind)
+    model.set_attn_implementation(attention)
+    for ids, mask in (
+        left_pad([random_ids(length=length)[0] for length in (30, 19)]),
+        (random_ids(batch=2, length=30), torch.ones(2, 30)),
+    ):
+        whole = logits(model, ids, attention_mask=mask)[:, -rows:]
+        start = 14 if use_cache else 0
+        past = model(ids[:, :start], attention_mask=mask[:, :start]).past_key_values if use_cache else None
+        rest = {"attention_mask": mask, "past_key_values": past, "use_cache": use_cache}
+        close(logits(model, ids[:, start:], logits_to_keep=rows, **rest), whole)
+
+
+def test_early_exit_keeps_sequences_of_one_row_apart():
+    model, ids = model_of("retention"), random_ids(length=30)
+    asked = {"position_ids": torch.cat([torch.arange(18), torch.arange(12)])[None], "use_cache": False}
+    close(logits(model, ids, logits_to_keep=3, **asked), logits(model, ids, **asked)[:, -3:])
+
+
+@every_kind
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_with_masks_of_padding_alone(kind, rows):
+    """Flash takes no other mask than that, or none; here SDPA stands for it."""
+    given = []
+
+    def attend(module, query, key, value, mask, **kwargs):
+        given.append(None if mask is None else mask.shape)
+        assert mask is None or mask.shape == (len(key), key.shape[2])
+        place = torch.arange(key.shape[2])
+        seen = place[None] <= place[-query.shape[2] :, None]
+        if kwargs.get("sliding_window"):
+            seen = seen & (place[None] > place[-query.shape[2] :, None] - kwargs["sliding_window"])
+        seen = seen[None, None] if mask is None else seen[None, None] & mask[:, None, None].bool()
+        kwargs.pop("sliding_window", None)
+        return sdpa_attention_forward(module, query, key, value, seen, **kwargs)
+
+    AttentionInterface.register("padding_only", attend)
+    AttentionMaskInterface.register("padding_only", flash_attention_mask)
+    model, ids = model_of(kind), random_ids(batch=2, length=21)
+    padded, mask = left_pad([random_ids(length=length)[0] for length in (21, 9)])
+    expected = [
+        logits(model, ids, logits_to_keep=rows),
+        logits(model, padded, attention_mask=mask, logits_to_keep=rows),
+    ]
+    model.set_attn_implementation("padding_only")
+    close(logits(model, ids, logits_to_keep=rows), expected[0])
+    assert set(given) == {None}
+    close(logits(model, padded, attention_mask=mask, logits_to_keep=rows), expected[1])
+    assert set(given) == {None, (2, 21)}
+
+
 def test_what_is_inside_is_of_all_positions():
     model, ids = model_of("window", self_decoder_chunk_size=4), random_ids(length=9)
     model.set_attn_implementation("eager")
@@ -227,7 +321,19 @@ def test_the_3b_model_has_the_published_bytes():
     config = YocoConfig()
     assert config.kv_bytes_per_token == 4096
     assert 26 * config.kv_bytes_per_token == 106_496
-    assert config.state_bytes == 13 * 24 * 128**2 * 2
+    # states are sums over all tokens, and held in float32
+    assert config.state_bytes == 13 * 24 * 128**2 * 4
+
+
+@pytest.mark.parametrize(("kind", "method"), [("retention", "unpatched"), ("retention", "none"), ("window", "none")])
+def test_bytes_in_16_bit_are_those_of_the_configuration(kind, method):
+    model = patched_or_not(kind, method).bfloat16()
+    with torch.no_grad():
+        cache = model(random_ids(batch=1, length=40)).past_key_values
+    config = model.config
+    # of a window the token that leaves next is gone already
+    gone = 0 if kind == "retention" else config.state_bytes // config.sliding_window
+    assert live_bytes(cache) == 40 * config.kv_bytes_per_token + config.state_bytes - gone
 
 
 @every_kind

@@ -136,7 +136,8 @@ class YocoConfig(PreTrainedConfig):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of a sequence's constant part in 16 bit: `H d^2` a retention layer, or the window's keys and values."""
+        """Bytes of a sequence's constant part: `H d^2` numbers a retention layer, held in float32 whatever the model's
+        dtype, or the window's keys and values in 16 bit."""
         heads, size = self.num_attention_heads, self.head_dim
-        layer = heads * size**2 if self.sliding_window is None else 2 * heads * size * self.sliding_window
-        return self.num_self_decoder_layers * layer * 2
+        layer = heads * size**2 * 4 if self.sliding_window is None else 2 * heads * size * self.sliding_window * 2
+        return self.num_self_decoder_layers * layer

@@ -15,13 +15,18 @@ Different from it: RoPE has transformers' frequencies and layout.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -172,15 +177,16 @@ class YocoModel(YocoPreTrainedModel):
         batch, length = given.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=given.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            # what matters of it is its shape, dtype and device
-            inputs_embeds=self.embed_tokens.weight[:1].expand(batch, length, -1).to(given.device),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         early = 0 < positions_to_keep < length
+        # now, since the cache takes the new tokens below
+        mask = self._causal_mask(
+            # what matters of it is its shape, dtype and device
+            self.embed_tokens.weight[:1].expand(batch, length, -1).to(given.device),
+            attention_mask,
+            past_key_values,
+            position_ids,
+            positions_to_keep if early else length,
+        )
         found = []
         for part in self._parts(length, positions_to_keep if early else length, attention_mask, past_key_values):
             hidden_states, rotary = self._self_decoder(
@@ -198,10 +204,33 @@ class YocoModel(YocoPreTrainedModel):
         if early:
             hidden_states = hidden_states[:, -positions_to_keep:]
             rotary = tuple(table[:, -positions_to_keep:] for table in rotary)
-            mask = _last_rows(mask, positions_to_keep, seen + length, hidden_states)
         for layer in self.layers[below:]:
             hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _causal_mask(
+        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor, rows: int
+    ) -> Tensor | None:
+        """The cross-decoder's mask for the last `rows` queries, in the form that the attention implementation takes.
+
+        A mask of all queries would be quadratic in the prompt. It is made only where it says more than which tokens are
+        padding: the caller gave such a mask, or several sequences in one row.
+        """
+        length = inputs_embeds.shape[1]
+        arguments: dict[str, Any] = {"config": self.config, "attention_mask": attention_mask}
+        given = attention_mask is not None and attention_mask.dim() != 2
+        alone = attention_mask is None and cache is None
+        if rows == length or given or (alone and find_packed_sequence_indices(position_ids) is not None):
+            mask = create_causal_mask(
+                inputs_embeds=inputs_embeds, past_key_values=cache, position_ids=position_ids, **arguments
+            )
+            return mask[:, :, -rows:] if mask is not None and mask.dim() == 4 else mask
+        if cache is not None:
+            seen, sizes = cache.get_seq_length(), cache.get_mask_sizes(length, self.config.num_self_decoder_layers)
+        else:
+            seen, sizes = 0, (length if attention_mask is None else attention_mask.shape[1], 0)
+        behind: Any = _Behind(seen + length - rows, sizes)
+        return create_causal_mask(inputs_embeds=inputs_embeds[:, -rows:], past_key_values=behind, **arguments)
 
     def _parts(self, length: int, wanted: int, mask: Tensor | None, cache: Cache | None) -> list[slice]:
         """The parts of a prompt that the self-decoder reads one after the other; the last holds what is wanted above.
@@ -265,13 +294,27 @@ def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
     return None if bool(new.all()) else new
 
 
-def _last_rows(mask: Tensor | None, rows: int, tokens: int, like: Tensor) -> Tensor | None:
-    """The mask of the last `rows` queries over `tokens` tokens."""
-    if mask is not None:
-        return mask[:, :, -rows:]
-    if rows == 1:
-        return None
-    return torch.ones(rows, tokens, dtype=torch.bool, device=like.device).tril(tokens - rows)[None, None]
+@dataclass(frozen=True)
+class _Behind:
+    """What `create_causal_mask` asks of a cache, as if all but the last queries had been read before.
+
+    Args:
+        offset: the place of the first of these queries.
+        sizes: number and place of the first of the keys, the new ones included.
+    """
+
+    offset: int
+    sizes: tuple[int, int]
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.offset
+
+    # what newer versions of transformers ask instead
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.sizes
 
 
 class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
