@@ -13,7 +13,12 @@ LEAST = 64
 
 
 class PageError(ValueError):
-    """A page that cannot be used: damaged, foreign, of a later format, or coded with a package that is missing."""
+    """A page that cannot be used: damaged, or another one than it should be."""
+
+
+class UnreadablePage(PageError):
+    """A page that is whole, but not for this reader: of a later format, signed with another secret, or coded with a
+    package that is missing. Others can read it, so it is never removed for that."""
 
 
 def zstd() -> Any:
@@ -46,7 +51,7 @@ def decompress(coding: str, data: memoryview, length: int) -> bytes | memoryview
     elif coding == "zstd":
         module = zstd()
         if module is None:
-            raise PageError("the page is compressed with zstd, which is not installed; pip install zstandard")
+            raise UnreadablePage("the page is compressed with zstd, which is not installed; pip install zstandard")
         try:
             # a size in the frame would be allocated whatever the limit says
             if module.frame_content_size(data) not in (-1, length):

@@ -71,9 +71,9 @@ def same(one: Page | None, other: Page) -> bool:
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
-def resigned(data: bytes, secret: bytes = b"") -> bytes:
+def resigned(data: bytes) -> bytes:
     """A page file with a checksum that is right, as somebody who knows the format would write it."""
-    return data[: -pagefile.CHECKSUM] + pagefile.checksum(data[: -pagefile.CHECKSUM], secret)
+    return data[: -pagefile.CHECKSUM] + pagefile.checksum(data[: -pagefile.CHECKSUM])
 
 
 def with_header(data: bytes, header: dict) -> bytes:

@@ -25,6 +25,7 @@ from hf_kvcache.sequential.trials import (
     kill_a_writer,
     put_chain,
     random_page,
+    resigned,
     restored,
     same,
     write_beyond_the_disk,
@@ -111,6 +112,45 @@ def test_damaged_pages_are_dropped_and_said_once(store):
     assert [entry.key for entry in store.entries()] == keys[:1]
     put_chain(store, pages)
     assert same(restored(store, ids_of(pages))[2], pages[2])
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])
+@pytest.mark.parametrize("reader", [b"", b"two"])
+def test_pages_of_another_secret_are_kept_and_said_once(tmp_path, scheme, reader):
+    if scheme:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+    url, pages = f"{scheme}{tmp_path}/store", chain(3)
+    with PrefixStore(url, page_size=8, secret=b"one") as owner:
+        put_chain(owner, pages)
+        # found again without the index too
+        for path in (tmp_path / "store").glob("index.sqlite*"):
+            path.unlink()
+    store = PrefixStore(url, page_size=8, secret=reader)
+    with pytest.warns(RuntimeWarning, match="secret") as said:
+        assert restored(store, ids_of(pages)) == [None] * 3
+        assert store.verify() == (0, []) and store.gc() == 0
+    assert len(said) == 1 and store.counts.unreadable_pages == 9 and store.counts.damaged_pages == 0
+    with PrefixStore(url, page_size=8, secret=b"one") as owner:
+        assert owner.verify() == (3, [])
+        assert all(same(found, page) for found, page in zip(restored(owner, ids_of(pages)), pages, strict=True))
+
+
+def test_a_page_of_a_later_format_keeps_what_is_behind_it(tmp_path):
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store = PrefixStore(f"local://{tmp_path}", page_size=8)
+    put_chain(store, chain(3))
+    first = next(entry for entry in store.entries() if entry.start == 0)
+    later = bytearray(store.backend.read(first.key, first.parent))
+    later[8] += 1
+    store.backend.write(first, resigned(bytes(later)))
+    with pytest.warns(RuntimeWarning, match="upgrade"):
+        assert store.gc() == 0 and store.verify() == (2, [])
+
+
+def test_stores_with_a_secret_are_apart(tmp_path):
+    tenants = {PrefixStore(tmp_path, namespace=n, secret=s).tenant for n in ("", "a") for s in (b"", b"one", b"two")}
+    assert len(tenants) == 6
+    assert PrefixStore(tmp_path, namespace="a").tenant == "a"
 
 
 def test_verify_finds_what_is_damaged_and_missing(store):

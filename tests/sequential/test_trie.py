@@ -124,3 +124,17 @@ def test_the_command_line_shows_checks_and_cleans(tmp_path):
     assert run(app, ["store", "gc", folder, "--limit", "1"]).exit_code == 0
     assert "0 pages" in run(app, ["store", "stat", folder]).output
     assert isinstance(run(app, ["store", "ls", str(tmp_path / "nowhere")]).exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize("secret", [b"word", b"word \n", b"\x00 \n"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_the_command_line_takes_the_secret_as_it_is(secret, end, tmp_path):
+    run, folder, file = CliRunner().invoke, str(tmp_path / "store"), tmp_path / "secret"
+    with PrefixStore(folder, page_size=8, secret=secret) as store:
+        put_chain(store, chain(2))
+    with pytest.warns(RuntimeWarning, match="signed"):
+        checked = run(app, ["store", "verify", folder])
+    assert checked.exit_code == 1 and "2 cannot be read here and are kept" in checked.output
+    file.write_bytes(secret + end)
+    checked = run(app, ["store", "verify", folder, "--secret", str(file)])
+    assert checked.exit_code == 0 and "2 pages are whole" in checked.output

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hf_kvcache.sequential.packing import UnreadablePage
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -97,8 +99,9 @@ class Backend(Protocol):
         """Makes `name` hold on to `key`; None lets go."""
         ...
 
-    def collect(self) -> int:
-        """Removes what interrupted writes left behind; returns the bytes."""
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
+        """Removes what interrupted writes left behind; returns the bytes, and keys of whole pages that are not among
+        the entries because this reader cannot read them."""
         ...
 
     def close(self) -> None: ...

@@ -23,7 +23,7 @@ import numpy as np
 
 from hf_kvcache.sequential.backends.backend import Entry
 from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
 # seconds to wait for another process's transaction
@@ -125,9 +125,9 @@ class Directory:
         else:
             self._run("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, require_key(key)))
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
-        freed, unknown = 0, []
+        freed, found, unreadable = 0, [], []
         known = {row[0] for row in self._run("SELECT key FROM pages")}
         for path in (self.path / "pages").glob("*/*"):
             if path.name.startswith("."):
@@ -135,12 +135,15 @@ class Directory:
                     freed += path.stat().st_size
                     path.unlink(missing_ok=True)
             elif path.name not in known:
-                unknown.append(path)
-        self._insert(entry for path in unknown for entry in _entry_of(path, self.secret))
+                try:
+                    found += _entry_of(path, self.secret)
+                except UnreadablePage as error:
+                    unreadable.append((path.name, error))
+        self._insert(found)
         for key in known:
             if not self._place(key).exists():
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
-        return freed
+        return freed, unreadable
 
     def close(self) -> None:
         with self._lock:
@@ -211,10 +214,16 @@ class Directory:
 
 
 def _entry_of(path: Path, secret: bytes) -> list[Entry]:
-    """The entry of a page file, in a list; empty when it is not a good one."""
+    """The entry of a page file, in a list; empty when it is not a good one.
+
+    Raises:
+        UnreadablePage: when it is a good one for somebody else.
+    """
     try:
         entry = summary(path.read_bytes(), secret)
         return [entry] if entry.key == path.name else []
+    except UnreadablePage:
+        raise
     except (OSError, PageError):
         return []
 

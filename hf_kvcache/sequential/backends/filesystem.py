@@ -18,7 +18,7 @@ import numpy as np
 
 from hf_kvcache.sequential.backends.backend import Entry
 from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
 NAME = re.compile(r"([0-9a-f]{64})\.([0-9]+)")
@@ -98,17 +98,19 @@ class FileSystem:
             kept[name] = require_key(key)
         self.files.pipe_file(self.names, json.dumps(kept).encode())
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes objects that are not whole pages."""
-        freed = 0
+        freed, unreadable = 0, []
         for path in self._all():
             data = self.files.cat_file(path)
             try:
                 summary(data, self.secret)
+            except UnreadablePage as error:
+                unreadable.append((path.rpartition("/")[2].partition(".")[0], error))
             except PageError:
                 self.files.rm_file(path)
                 freed += len(data)
-        return freed
+        return freed, unreadable
 
     def close(self) -> None:
         """Nothing is open."""

@@ -20,6 +20,7 @@ import numpy as np
 
 from hf_kvcache.sequential.backends.backend import Entry
 from hf_kvcache.sequential.identity import require_key
+from hf_kvcache.sequential.packing import UnreadablePage
 
 PREFIX = "hf_kvcache"
 MOST_CHILDREN = 64
@@ -126,12 +127,12 @@ class RedisServer:
         else:
             self._client.hset(f"{PREFIX}:pins", name, require_key(key))
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """A transaction leaves nothing behind; entries whose page the server has dropped are removed."""
         for entry in list(self.entries()):
             if not self.contains(entry.key, entry.parent):
                 self.delete(entry.key, entry.parent)
-        return 0
+        return 0, []
 
     def close(self) -> None:
         self._client.close()
