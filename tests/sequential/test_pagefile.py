@@ -194,3 +194,25 @@ def test_the_parser_survives_tampered_pages():
         assert np.array_equal(found.ids, page.ids) and len(found.keys) == 3
         assert [tuple(key.shape) for key in found.keys] == [(2, 3, 8), (2, 3, 8), (1, 3, 4)]
     assert accepted < FUZZ / 2
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError, IndexError, KeyError, torch.linalg.LinAlgError, np.linalg.LinAlgError]
+)
+def test_what_a_decoder_stumbles_over_is_a_bad_page(raised, monkeypatch):
+    file = written(random_page())
+
+    def stumble(*_):
+        raise raised("over this")
+
+    monkeypatch.setattr(Lossless, "decode", stumble)
+    with pytest.raises(PageError, match=r"lossless.*over this") as found:
+        read(file.data, file.entry.key)
+    assert not isinstance(found.value, UnreadablePage)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_page(monkeypatch):
+    file = written(random_page())
+    monkeypatch.setattr(Lossless, "decode", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none left")))
+    with pytest.raises(UnreadablePage, match="none left"):
+        read(file.data, file.entry.key)
