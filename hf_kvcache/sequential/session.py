@@ -239,7 +239,7 @@ class PromptSession:
                 if match.key not in read:
                     read[match.key] = self._read(match)
                 page = read[match.key]
-                if page is None:
+                if page is None or not _stands_for(page, match, row.ids):
                     target = min(target, max(row.padding + match.start, self._seen))
                     break
                 row.pages[match.start] = page.first(match.length)
@@ -299,6 +299,12 @@ class PromptSession:
             ]
             task = partial(_write, self.store, self.codec, self._context, parent, self._seconds, self.identity, pages)
             self.store.submit(task, (len(row.ids) - start) * self.facts.geometry.token_bytes)
+
+
+def _stands_for(page: Page, match: Match, ids: np.ndarray) -> bool:
+    """Whether a page is of the tokens that it was found for: what found it, an index, is not signed as pages are."""
+    own = ids[match.start : match.start + match.length]
+    return page.start == match.start and np.array_equal(page.ids[: match.length], own)
 
 
 def _page(pieces: Pieces, geometry: Geometry, number: int, row: Row, start: int, size: int) -> Page:

@@ -303,7 +303,8 @@ class PrefixStore:
                     ids = None if data is None else record.summary(data, self.secret).ids
                 except PageError:
                     ids = None
-            if ids is None:
+            # an index is not signed: only what the key is the hash of is believed
+            if ids is None or page_key(parent, ids) != key:
                 continue
             common = min(len(ids), len(rest))
             differ = np.nonzero(ids[:common] != rest[:common])[0]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 from functools import cache as memoize
 
 import numpy as np
@@ -360,6 +361,22 @@ def test_tokens_pages_are_recognised_and_computed_again(store):
     entries = list(store.entries())
     assert {entry.codec for entry in entries} == {"tokens"}
     assert np.array_equal(np.concatenate([e.ids for e in sorted(entries, key=lambda e: e.start)]), ids[0].numpy())
+
+
+def test_a_page_of_other_tokens_is_not_adopted(store, monkeypatch):
+    """Where what finds pages says that a fork shares more than it does."""
+    model, reference = stored("llama", store), cold("llama")
+    first, second, _ = prompts()
+    greedy(model, first)
+    store.flush()
+    found = PrefixStore.match
+
+    def lie(self, identity, ids):
+        return [replace(match, length=min(PAGE, len(ids) - match.start)) for match in found(self, identity, ids)]
+
+    monkeypatch.setattr(PrefixStore, "match", lie)
+    assert torch.equal(greedy(model, second), greedy(reference, second))
+    assert store.counts.adopted_tokens == 32
 
 
 def test_options_are_checked(tmp_path):

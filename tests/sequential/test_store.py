@@ -153,6 +153,26 @@ def test_stores_with_a_secret_are_apart(tmp_path):
     assert PrefixStore(tmp_path, namespace="a").tenant == "a"
 
 
+def test_an_index_that_lies_is_not_believed(store):
+    pages = chain(2)
+    key = put_chain(store, pages)[1]
+    ids = ids_of(pages).copy()
+    # the same first token, and another text
+    ids[9:] += 1
+    store.backend._run("UPDATE pages SET ids = ? WHERE key = ?", (ids[8:].astype("<u4").tobytes(), key))
+    assert [match.length for match in store.match(IDENTITY, ids[:13])] == [8]
+
+
+@pytest.mark.parametrize("blob", [b"abcde", b"", 7, "text"])
+def test_ids_that_an_index_has_not_are_read_from_the_page(store, blob):
+    pages = chain(2)
+    key = put_chain(store, pages)[1]
+    store.backend._run("UPDATE pages SET ids = ? WHERE key = ?", (blob, key))
+    assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:13])] == [8, 5]
+    assert np.array_equal(np.concatenate([entry.ids for entry in store.entries()]), ids_of(pages))
+    assert store.verify() == (2, [])
+
+
 def test_verify_finds_what_is_damaged_and_missing(store):
     keys = put_chain(store, chain(5))
     paths = {path.name: path for path in Path(store.url).glob("pages/*/*")}

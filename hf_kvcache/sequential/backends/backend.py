@@ -49,6 +49,13 @@ class Entry:
         return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
 
 
+def ids_of_blob(data: Any) -> np.ndarray | None:
+    """Token ids as an index keeps them; None for anything else, since an index can be damaged."""
+    if not isinstance(data, bytes) or not data or len(data) % 4:
+        return None
+    return np.frombuffer(data, dtype="<u4")
+
+
 class Backend(Protocol):
     """A place that holds pages. Any number of processes may use one place at once.
 

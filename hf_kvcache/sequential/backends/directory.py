@@ -21,7 +21,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
@@ -95,7 +95,7 @@ class Directory:
             f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
             (parent, head),
         )
-        return [(key, np.frombuffer(ids, dtype="<u4")) for key, ids in rows]
+        return [(key, ids_of_blob(ids)) for key, ids in rows]
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
@@ -111,7 +111,11 @@ class Directory:
     def entries(self) -> Iterator[Entry]:
         for row in self._run(f"SELECT {COLUMNS} FROM pages ORDER BY created"):
             named = dict(zip(COLUMNS.split(", "), row, strict=True))
-            yield Entry(**{**named, "ids": np.frombuffer(named["ids"], dtype="<u4")})
+            ids = ids_of_blob(named["ids"])
+            if ids is None:
+                yield from self._entry_of_page(named["key"])
+            else:
+                yield Entry(**{**named, "ids": ids})
 
     def total(self) -> int:
         return int(self._run("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
@@ -153,6 +157,13 @@ class Directory:
 
     def _place(self, key: str) -> Path:
         return self.path / "pages" / require_key(key)[:2] / key
+
+    def _entry_of_page(self, key: str) -> list[Entry]:
+        """What the page itself says, where the index says what cannot be."""
+        try:
+            return _entry_of(self._place(key), self.secret)
+        except UnreadablePage:
+            return []
 
     def _insert(self, entries: Iterable[Entry]) -> None:
         rows = [

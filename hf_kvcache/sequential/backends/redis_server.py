@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import UnreadablePage
 
@@ -82,8 +82,8 @@ class RedisServer:
             found = zip(keys, pipeline.execute(), strict=True)
         pages: list[tuple[str, np.ndarray | None]] = []
         for key, data in found:
-            ids = np.frombuffer(data or b"", dtype="<u4")
-            if len(ids) and ids[0] == head:
+            ids = ids_of_blob(data)
+            if ids is not None and ids[0] == head:
                 pages.append((key, ids))
         return pages[:MOST_CHILDREN]
 
@@ -104,13 +104,14 @@ class RedisServer:
     def entries(self) -> Iterator[Entry]:
         for key in self._client.sscan_iter(f"{PREFIX}:all"):
             found = self._client.hgetall(f"{PREFIX}:entry:{key.decode()}")
-            if b"known" not in found:
+            ids = ids_of_blob(found.get(b"ids"))
+            if b"known" not in found or ids is None:
                 continue
             start, codec, created, seconds, information, model = json.loads(found[b"known"])
             yield Entry(
                 key.decode(),
                 found[b"parent"].decode(),
-                np.frombuffer(found[b"ids"], dtype="<u4"),
+                ids,
                 *(start, codec, int(found[b"size"]), created, float(found[b"used"]), int(found[b"hits"])),
                 *(seconds, information, model),
             )
