@@ -363,7 +363,7 @@ class PrefixStore:
         with self._surviving("counted"):
             self.backend.used(keys)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.counts.failures += 1
         self._say("coded", f"a page was not stored ({type(error).__name__}: {error})")
 
