@@ -255,9 +255,12 @@ class PrefixStore:
         whole, damaged = 0, []
         for entry in list(self.backend.entries()):
             data = self.backend.read(entry.key, entry.parent)
+            if data is None:
+                # somebody else has removed it since: that is no damage
+                continue
             try:
-                found = None if data is None else record.summary(data, self.secret)
-                good = found is not None and found.key == entry.key == page_key(entry.parent, found.ids)
+                found = record.summary(data, self.secret)
+                good = found.key == entry.key == page_key(entry.parent, found.ids)
             except UnreadablePage as error:
                 self._unreadable(entry.key, error)
                 continue

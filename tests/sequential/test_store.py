@@ -394,6 +394,39 @@ def test_scratch_files_of_the_dead_are_removed(store):
     assert not dead.exists() and alive.exists()
 
 
+def test_a_scratch_file_that_its_writer_renames_meanwhile_is_no_failure(store, monkeypatch):
+    put_chain(store, chain(1))
+    renamed = next(Path(store.url).glob("pages/*")) / ".renamed"
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*found(path, pattern), renamed])
+    assert store.gc() == 0 and store.verify() == (1, [])
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_a_page_that_is_removed_meanwhile_is_not_damaged(tmp_path, scheme, monkeypatch):
+    if scheme:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store, other = (PrefixStore(f"{scheme}{tmp_path}", page_size=8) for _ in range(2))
+    put_chain(store, chain(2))
+    victim = next(entry for entry in store.entries() if entry.start == 8)
+    listed = list(store.entries())
+    other.backend.delete(victim.key, victim.parent)
+    monkeypatch.setattr(store.backend, "entries", lambda: iter(listed))
+    assert store.verify() == (1, [])
+
+
+def test_objects_that_are_removed_meanwhile_are_no_failure(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store = PrefixStore(f"local://{tmp_path}", page_size=8)
+    put_chain(store, chain(2))
+    gone = [f"{tmp_path}/pages/{'0' * 64}/{'1' * 64}.5"]
+    found = store.backend._all
+    monkeypatch.setattr(store.backend, "_all", lambda **how: [*found(**how), *gone])
+    assert store.verify() == (2, [])
+    monkeypatch.setattr(store.backend, "_find", lambda *_: gone[0])
+    store.backend.delete("1" * 64, "0" * 64)
+
+
 def test_urls_and_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="page_size"):
         PrefixStore(tmp_path, page_size=0)

@@ -135,9 +135,7 @@ class Directory:
         known = {row[0] for row in self._run("SELECT key FROM pages")}
         for path in (self.path / "pages").glob("*/*"):
             if path.name.startswith("."):
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    freed += path.stat().st_size
-                    path.unlink(missing_ok=True)
+                freed += _remove_abandoned(path)
             elif path.name not in known:
                 try:
                     found += _entry_of(path, self.secret)
@@ -237,6 +235,19 @@ def _entry_of(path: Path, secret: bytes) -> list[Entry]:
         raise
     except (OSError, PageError):
         return []
+
+
+def _remove_abandoned(path: Path) -> int:
+    """Removes a scratch file that nobody writes any more; returns its bytes."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        # its writer has just put it in its place
+        return 0
+    if time.time() - found.st_mtime <= ABANDONED:
+        return 0
+    path.unlink(missing_ok=True)
+    return found.st_size
 
 
 def _flush_folder(path: Path) -> None:
