@@ -17,7 +17,8 @@ store_app = typer.Typer(help="Look into, check and clean a store of prompts (met
 console = Console()
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of the store.")]
-SecretFile = Annotated[Path | None, typer.Option("--secret", help="File with the secret that pages are signed with.")]
+SECRET_HELP = "File with the secret that pages are signed with; one newline at its end does not count."
+SecretFile = Annotated[Path | None, typer.Option("--secret", help=SECRET_HELP)]
 
 
 @store_app.command("ls")
@@ -70,12 +71,16 @@ def stat(
 
 @store_app.command()
 def verify(url: Url, secret: SecretFile = None) -> None:
-    """Read every page; remove and name those that are damaged. Ends with 1 when there are any."""
-    whole, damaged = _open(url, secret).verify()
+    """Read every page; remove and name those that are damaged. Ends with 1 unless all are whole and can be read."""
+    store = _open(url, secret)
+    whole, damaged = store.verify()
     console.print(f"{whole} pages are whole, {len(damaged)} were damaged and are removed")
     for key in damaged:
         console.print(f"  {key}")
-    if damaged:
+    unreadable = store.counts.unreadable_pages
+    if unreadable:
+        console.print(f"{unreadable} cannot be read here and are kept; the warning says why")
+    if damaged or unreadable:
         raise typer.Exit(1)
 
 
@@ -101,4 +106,9 @@ def _open(url: str, secret: Path | None, new: bool = False) -> PrefixStore:
 
     if not new and "://" not in url and not (Path(url) / "pages").is_dir():
         raise FileNotFoundError(f"there is no store in {url}; expected the folder that patch_model was given")
-    return PrefixStore(url, secret=b"" if secret is None else secret.read_bytes().strip())
+    return PrefixStore(url, secret=b"" if secret is None else _without_newline(secret.read_bytes()))
+
+
+def _without_newline(secret: bytes) -> bytes:
+    """A secret as `echo` and editors write it; more is not taken off, since random bytes may end in white space."""
+    return secret.removesuffix(b"\r\n" if secret.endswith(b"\r\n") else b"\n")

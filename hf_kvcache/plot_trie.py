@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.trie import Node, build
@@ -26,10 +25,8 @@ def plot_trie(entries: Iterable[Entry], path: str | Path, title: str = "") -> No
     except ImportError:
         raise ModuleNotFoundError("plots need matplotlib; pip install matplotlib") from None
     roots = build(entries)
-    bars: list[tuple[Node, float, float]] = []
-    top = 0.0
-    for root in roots:
-        top += _place(root, top, bars)
+    bars = _bars(roots)
+    top = max((first + height for _, first, height in bars), default=0)
     figure = Figure(figsize=(9, min(max(2.0, 0.3 * top + 1.2), 20)), layout="constrained")
     axes = figure.subplots()
     most = max((node.entry.hits for node, _, _ in bars), default=0)
@@ -49,11 +46,28 @@ def plot_trie(entries: Iterable[Entry], path: str | Path, title: str = "") -> No
     figure.savefig(path, dpi=150)
 
 
-def _place(node: Node, top: float, bars: list[tuple[Node, Any, Any]]) -> float:
-    """Adds the bars of a tree from `top` on; returns how many leaves it has, which is its height."""
-    height = 0.0
-    for child in node.children:
-        height += _place(child, top + height, bars)
-    height = max(height, 1.0)
-    bars.append((node, top, height))
-    return height
+def _bars(roots: list[Node]) -> list[tuple[Node, int, int]]:
+    """(node, where it begins, height) of every page; the height is how many leaves a page has behind it, or 1.
+
+    Without recursion: a long conversation is deeper than that goes.
+    """
+    order, waiting = [], roots[::-1]
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        waiting += reversed(node.children)
+    heights: dict[str, int] = {}
+    for node in reversed(order):
+        heights[node.entry.key] = max(sum(heights[child.entry.key] for child in node.children), 1)
+    firsts: dict[str, int] = {}
+    _stack(roots, 0, heights, firsts)
+    for node in order:
+        _stack(node.children, firsts[node.entry.key], heights, firsts)
+    return [(node, firsts[node.entry.key], heights[node.entry.key]) for node in order]
+
+
+def _stack(nodes: list[Node], first: int, heights: dict[str, int], firsts: dict[str, int]) -> None:
+    """Notes where pages begin that lie one below the other."""
+    for node in nodes:
+        firsts[node.entry.key] = first
+        first += heights[node.entry.key]

@@ -29,7 +29,7 @@ class Identity:
         source_layers: the sharing plan; a consumer's layer stores nothing.
         codec: of the pages, with the options that change what is restored.
         page_size: tokens of a full page.
-        namespace: of a tenant; its prefixes are matched by nobody else.
+        namespace: of a tenant (`PrefixStore.tenant`); its prefixes are matched by nobody else.
     """
 
     fingerprint: str

@@ -10,10 +10,17 @@ import numpy as np
 CODINGS = ("raw", "zlib", "zstd")
 # below this a frame costs more than it saves
 LEAST = 64
+# ids that are packed at once, a multiple of 8: in between they take 32 times their bytes
+RUN = 1 << 15
 
 
 class PageError(ValueError):
-    """A page that cannot be used: damaged, foreign, of a later format, or coded with a package that is missing."""
+    """A page that cannot be used: damaged, or another one than it should be."""
+
+
+class UnreadablePage(PageError):
+    """A page that is whole, but not for this reader: of a later format, signed with another secret, or coded with a
+    package that is missing. Others can read it, so it is never removed for that."""
 
 
 def zstd() -> Any:
@@ -46,7 +53,7 @@ def decompress(coding: str, data: memoryview, length: int) -> bytes | memoryview
     elif coding == "zstd":
         module = zstd()
         if module is None:
-            raise PageError("the page is compressed with zstd, which is not installed; pip install zstandard")
+            raise UnreadablePage("the page is compressed with zstd, which is not installed; pip install zstandard")
         try:
             # a size in the frame would be allocated whatever the limit says
             if module.frame_content_size(data) not in (-1, length):
@@ -89,13 +96,21 @@ def join_planes(planes: list[bytes | memoryview], dtype: np.dtype) -> np.ndarray
 def pack_ids(ids: np.ndarray) -> tuple[int, bytes]:
     """(bits an id, bytes) of token ids `[N]`, each in as many bits as the largest needs."""
     bits = max(int(ids.max(initial=0)).bit_length(), 1)
-    spread = (ids[:, None].astype(np.uint32) >> np.arange(bits, dtype=np.uint32)) & 1
-    return bits, np.packbits(spread.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+    places = np.arange(bits, dtype=np.uint32)
+    spread = (
+        ((ids[i : i + RUN, None].astype(np.uint32) >> places) & 1).astype(np.uint8) for i in range(0, len(ids), RUN)
+    )
+    return bits, b"".join(np.packbits(run.reshape(-1), bitorder="little").tobytes() for run in spread)
 
 
 def unpack_ids(bits: int, data: bytes | memoryview, count: int) -> np.ndarray:
     """The inverse of `pack_ids`: `[count]`, uint32."""
     if not 1 <= bits <= 32 or len(data) != -(-bits * count // 8):
         raise PageError(f"{count} ids of {bits} bits do not fit {len(data)} bytes")
-    spread = np.unpackbits(np.frombuffer(data, np.uint8), count=bits * count, bitorder="little").reshape(count, bits)
-    return (spread.astype(np.uint32) << np.arange(bits, dtype=np.uint32)).sum(1, dtype=np.uint32)
+    packed, places = np.frombuffer(data, np.uint8), np.arange(bits, dtype=np.uint32)
+    result = np.empty(count, dtype=np.uint32)
+    for first in range(0, count, RUN):
+        own = result[first : first + RUN]
+        spread = np.unpackbits(packed[first * bits // 8 :], count=bits * len(own), bitorder="little")
+        own[:] = (spread.reshape(-1, bits).astype(np.uint32) << places).sum(1, dtype=np.uint32)
+    return result

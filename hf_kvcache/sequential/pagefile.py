@@ -1,10 +1,13 @@
 """The format of a page file: a JSON header, sections of raw bytes, and a checksum over all of it. No pickle.
 
-    magic "HFKVPAGE" (8) | version u32 | header length u32 | header (JSON) | sections | BLAKE2b-128 of all before (16)
+    magic (8) | version u32 | header length u32 | header (JSON) | sections | signature (16)
+    | BLAKE2b-128 of all before (16)
 
 All integers are little-endian. The header says for every section its coding, its length as stored and its length
-decoded; sections follow each other in that order without gaps. The checksum is keyed with the store's secret when it
-has one: then a page that somebody else wrote is refused as a damaged one is.
+decoded; sections follow each other in that order without gaps. The magic is "HFKVPAGE" for a page without a signature
+and "HFKVSIGN" for one with it: BLAKE2b-128 of all before, keyed with the store's secret. A store that has a secret
+refuses a page that was not signed with it. The checksum needs no secret and ends every format, so that a reader can
+tell a damaged page from one that is whole and not for him.
 
 What is read is untrusted: every length is checked against what is there before anything is sliced, and a section is
 decoded only into as many bytes as the caller expects.
@@ -21,9 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_kvcache.sequential import packing
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 
 MAGIC = b"HFKVPAGE"
+SIGNED = b"HFKVSIGN"
 VERSION = 1
 CHECKSUM = 16
 FRAME = struct.Struct("<8sII")
@@ -60,8 +64,10 @@ def dump(page: PageFile, secret: bytes = b"") -> bytes:
     header = json.dumps({**page.description, "sections": table}, separators=(",", ":")).encode()
     if len(header) > MAX_HEADER:
         raise PageError(f"the header of a page may have {MAX_HEADER} bytes, this one has {len(header)}")
-    whole = b"".join([FRAME.pack(MAGIC, VERSION, len(header)), header, *bodies])
-    return whole + checksum(whole, secret)
+    whole = b"".join([FRAME.pack(SIGNED if secret else MAGIC, VERSION, len(header)), header, *bodies])
+    if secret:
+        whole += checksum(whole, secret)
+    return whole + checksum(whole)
 
 
 def load(
@@ -79,7 +85,8 @@ def load(
         only: names of the sections to decode; None for all.
 
     Raises:
-        PageError: for anything but a whole, undamaged page of this format.
+        PageError: for anything but a whole, undamaged page of this format; the kind `UnreadablePage` where the page is
+            whole.
     """
     data = memoryview(data)
     header, body = _frame(data, secret)
@@ -104,13 +111,16 @@ def _frame(data: memoryview, secret: bytes) -> tuple[dict[str, Any], memoryview]
     if len(data) < FRAME.size + CHECKSUM:
         raise PageError(f"a page has at least {FRAME.size + CHECKSUM} bytes, got {len(data)}: it is truncated")
     magic, version, length = FRAME.unpack_from(data)
-    if magic != MAGIC:
-        raise PageError(f"not a page file: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
-    if version > VERSION:
-        raise PageError(f"the page has format {version}, this version reads up to {VERSION}; upgrade hf_kvcache")
+    if magic not in (MAGIC, SIGNED):
+        raise PageError(f"not a page file: it begins with {bytes(magic)!r}, expected {MAGIC!r} or {SIGNED!r}")
     end = len(data) - CHECKSUM
-    if not hmac.compare_digest(checksum(data[:end], secret), bytes(data[end:])):
-        raise PageError("the checksum of a page is wrong: it is damaged, truncated, or was written with another secret")
+    if checksum(data[:end]) != bytes(data[end:]):
+        raise PageError("the checksum of a page is wrong: it is damaged or truncated")
+    if version > VERSION:
+        raise UnreadablePage(f"the page has format {version}, this version reads up to {VERSION}; upgrade hf_kvcache")
+    if magic == SIGNED:
+        end -= CHECKSUM
+    _check_signature(magic == SIGNED, data[:end], data[end : end + CHECKSUM], secret)
     if version < 1 or length > min(MAX_HEADER, end - FRAME.size):
         raise PageError(f"the page says format {version} and a header of {length} bytes, which it cannot have")
     try:
@@ -120,6 +130,15 @@ def _frame(data: memoryview, secret: bytes) -> tuple[dict[str, Any], memoryview]
     if not isinstance(header, dict):
         raise PageError(f"the header of a page must be an object, got {type(header).__name__}")
     return header, data[FRAME.size + length : end]
+
+
+def _check_signature(signed: bool, data: memoryview, signature: memoryview, secret: bytes) -> None:
+    if signed and not secret:
+        raise UnreadablePage("the page is signed with a secret; open the store with the same one")
+    if secret and not signed:
+        raise UnreadablePage("the page is not signed, and the store has a secret; open it without one to read the page")
+    if signed and not hmac.compare_digest(checksum(data, secret), bytes(signature)):
+        raise UnreadablePage("the page is signed with another secret; open the store with the one it was written with")
 
 
 def _table(header: dict[str, Any]) -> list[tuple[str, str, int, int]]:

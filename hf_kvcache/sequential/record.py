@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_kvcache.sequential import pagefile
 from hf_kvcache.sequential.backends.backend import Entry
 from hf_kvcache.sequential.identity import KEY, page_key
-from hf_kvcache.sequential.packing import PageError, pack_ids, unpack_ids
+from hf_kvcache.sequential.packing import PageError, UnreadablePage, pack_ids, unpack_ids
 from hf_kvcache.sequential.page import Coded, Context, Page, PageCodec
 
 # longest page that is believed
@@ -102,7 +103,19 @@ def read(data: bytes, key: str, parent: str, codecs: dict[str, PageCodec], conte
     if header["codec"] not in codecs:
         raise PageError(f"the page is coded by {header['codec'][:20]!r}, expected one of {', '.join(codecs)}")
     sections = {name: section for name, section in file.sections.items() if name != "ids"}
-    return codecs[header["codec"]].decode(Coded(header["facts"], sections), ids, header["start"], context)
+    return _decoded(codecs[header["codec"]], Coded(header["facts"], sections), ids, header["start"], context)
+
+
+def _decoded(codec: PageCodec, coded: Coded, ids: np.ndarray, start: int, context: Context) -> Page:
+    """The page; whatever its decoder stumbles over is a fault of the page, for who reads it a miss like any other."""
+    try:
+        return codec.decode(coded, ids, start, context)
+    except PageError:
+        raise
+    except (MemoryError, torch.cuda.OutOfMemoryError) as error:
+        raise UnreadablePage(f"there is no memory to decode a page of {len(ids)} tokens ({error})") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise PageError(f"the page does not decode as {codec.name!r} ({type(error).__name__}: {error})") from error
 
 
 def _checked(header: dict[str, Any]) -> dict[str, Any]:

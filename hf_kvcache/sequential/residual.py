@@ -10,8 +10,12 @@ a number is taken off it, and the rest is rounded to a step and range coded.
 
 The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits, and with keys and values
 in one transform under the metric of the model's predictions. Without a basis the channels themselves are the
-components, with means of the page and one deviation a head. The last, partial page of a prompt stays in 16 bit: it is
-the recent window, and will be written again when it is full.
+        means = gather(tensors, range(len(geometry.producers))).mean(0).half()
+        scales = torch.cat([tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind])
+        scales = scales.clamp_min(1e-6).half()
+        if not bool(means.isfinite().all() and scales.isfinite().all()):
+            return (), {}
+        stored = {"means": means.numpy().tobytes(), "scales": scales.numpy().tobytes()}
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch import Tensor
 from hf_kvcache.sequential.basis import Basis, KeysValues, Part, gather, scatter
 from hf_kvcache.sequential.codes import CLASSES, pack_codes, unpack_codes
 from hf_kvcache.sequential.lossless import INTEGERS
-from hf_kvcache.sequential.packing import PageError, join_planes, split_planes
+from hf_kvcache.sequential.packing import PageError, compress, join_planes, split_planes
 from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
 
 SINKS = 1
@@ -74,19 +78,29 @@ class Residual:
 
     def encode(self, page: Page, context: Context) -> Coded:
         plain = len(page) if len(page) < self.full else min(max(self.sinks - page.start, 0), len(page))
-        sections: dict[str, Any] = _to_half(page, plain)
-        facts: dict[str, Any] = {"plain": plain}
-        if plain < len(page):
-            tensors = self._unrotated(page, plain, context)
-            parts, stored = self._parts(context.geometry, tensors)
-            components = torch.cat([part.forward(gather(tensors, part.members)) for part in parts], dim=1)
-            sizes = (components.abs() * self.quality).T.contiguous().numpy()
-            codes = np.minimum(np.floor(sizes + (0.5 - DEAD)), FAR).astype(np.int32)
-            packed = pack_codes(np.where(components.T.numpy() < 0, -codes, codes))
-            centres = _centres(sizes, codes, np.frombuffer(packed["classes"], np.uint8))
-            facts |= {"quality": self.quality, "basis": "" if self.basis is None else self.basis.digest}
-            sections |= {**packed, **stored, "centres": centres.tobytes()}
-        return Coded(facts, sections)
+        coded = self._coded(page, plain, context) if plain < len(page) else None
+        if coded is not None and not _outweighs_plain(coded, page):
+            return coded
+        return Coded({"plain": len(page)}, _to_half(page, len(page)))
+
+    def _coded(self, page: Page, plain: int, context: Context) -> Coded | None:
+        """All but the first `plain` tokens in codes; None for numbers that codes cannot hold."""
+        tensors = self._unrotated(page, plain, context)
+        if not all(bool(tensor.isfinite().all()) for kind in tensors for tensor in kind):
+            return None
+        parts, stored = self._parts(context.geometry, tensors)
+        if not parts:
+            return None
+        components = torch.cat([part.forward(gather(tensors, part.members)) for part in parts], dim=1)
+        if not bool(components.isfinite().all()):
+            return None
+        sizes = (components.abs() * self.quality).T.contiguous().numpy()
+        codes = np.minimum(np.floor(sizes + (0.5 - DEAD)), FAR).astype(np.int32)
+        packed = pack_codes(np.where(components.T.numpy() < 0, -codes, codes))
+        centres = _centres(sizes, codes, np.frombuffer(packed["classes"], np.uint8))
+        basis = "" if self.basis is None else self.basis.digest
+        facts = {"plain": plain, "quality": self.quality, "basis": basis}
+        return Coded(facts, {**_to_half(page, plain), **packed, **stored, "centres": centres.tobytes()})
 
     def decode(self, coded: Coded, ids: np.ndarray, start: int, context: Context) -> Page:
         geometry, facts = context.geometry, coded.facts
@@ -122,16 +136,16 @@ class Residual:
         return keys, [value[:, plain:].float() for value in page.values]
 
     def _parts(self, geometry: Geometry, tensors: KeysValues) -> tuple[tuple[Part, ...], dict[str, bytes]]:
-        """The transform, and what of it the page must carry."""
+        """The transform, and what of it the page must carry; no parts where 16 bit cannot carry it."""
         if self.basis is not None:
             self._check(geometry)
             return self.basis.parts, {}
-        means = gather(tensors, range(len(geometry.producers))).mean(0)
+        means = gather(tensors, range(len(geometry.producers))).mean(0).half()
         scales = torch.cat([tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind])
-        stored = {
-            "means": means.half().numpy().tobytes(),
-            "scales": scales.clamp_min(1e-6).half().numpy().tobytes(),
-        }
+        scales = scales.clamp_min(1e-6).half()
+        if not bool(means.isfinite().all() and scales.isfinite().all()):
+            return (), {}
+        stored = {"means": means.numpy().tobytes(), "scales": scales.numpy().tobytes()}
         return _restored_parts(stored, geometry), stored
 
     def _check(self, geometry: Geometry) -> None:
@@ -192,9 +206,25 @@ def _restored_parts(sections: Any, geometry: Geometry) -> tuple[Part, ...]:
     if means is None or scales is None or len(means) != 2 * geometry.numbers or len(scales) != 2 * heads:
         raise PageError(f"a page without a basis must carry {geometry.numbers} means and {heads} deviations")
     mean, scale = (torch.from_numpy(np.frombuffer(data, np.float16).astype(np.float32)) for data in (means, scales))
+    if not bool(mean.isfinite().all() and scale.isfinite().all()):
+        raise PageError("the means and deviations of a page must be finite numbers")
     by_member = scale.clamp_min(1e-6).reciprocal().split(2 * geometry.heads)
     weights = tuple(own[:, None, None] * torch.eye(dim) for own, dim in zip(by_member, 2 * geometry.dims, strict=True))
     return (Part(tuple(range(len(geometry.producers))), mean, weights, None),)
+
+
+def _outweighs_plain(coded: Coded, page: Page) -> bool:
+    """Whether a page takes no fewer bytes in codes than in 16 bit, where that loses nothing."""
+    dtype = page.keys[0].dtype
+    size = sum(len(section) for section in coded.sections.values())
+    # numbers hardly compress to half; packing both to compare them is spared where it is clear
+    if dtype.itemsize != 2 or 4 * size < sum(tensor.nbytes for tensor in (*page.keys, *page.values)):
+        return False
+    mine, plain = (
+        sum(len(compress(section)[1]) for section in sections.values())
+        for sections in (coded.sections, _to_half(page, len(page)))
+    )
+    return mine >= plain
 
 
 def _to_half(page: Page, tokens: int) -> dict[str, bytes | memoryview]:

@@ -30,7 +30,7 @@ from hf_kvcache.sequential.identity import Identity
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
 from hf_kvcache.sequential.store import Match, PrefixStore
 
-# by producer, (first column, key, value) of what was adopted or computed
+# by producer, (first column, key, value) of what was adopted or computed and will be written
 Pieces = dict[int, list[tuple[int, Tensor, Tensor]]]
 # a tail is worth a file of its own from this part of a page on
 SHORTEST_TAIL = 16
@@ -108,6 +108,10 @@ class PromptSession:
         self._computed = 0
         self._spent = 0.0
         self._pieces: Pieces = {}
+        # by producer, the column up to which it has keys and values
+        self._filled: dict[int, int] = {}
+        # the first column of a page to write: nothing before it is kept
+        self._kept_from = 0
 
     def before(self, ids: Tensor, mask: Tensor | None, facts: ModelFacts, layers: Sequence[AdoptingLayer]) -> int:
         """Looks up the tokens of a forward and has the layers adopt what is there.
@@ -154,15 +158,15 @@ class PromptSession:
             if key.dtype != geometry.dtype or shapes != {expected}:
                 self.stop()
                 return
-            kept = (tensor[:, :, :columns].detach() for tensor in (key, value))
-            self._pieces.setdefault(producer, []).append((first, *kept))
+            self._filled[producer] = first + columns
+            self._keep(producer, first, key[:, :, :columns].detach(), value[:, :, :columns].detach())
 
     def after(self) -> None:
         """Ends a forward; when the prompt is complete, its pages are submitted."""
         if not self.active or self.facts is None:
             return
         self._spent += time.perf_counter() - self._began
-        seen = min((last[-1][0] + last[-1][1].shape[2] for last in self._pieces.values()), default=0)
+        seen = min(self._filled.values(), default=0)
         self._computed += seen - self._seen
         self._seen = seen
         if seen >= self.prompt_length:
@@ -172,7 +176,7 @@ class PromptSession:
     def stop(self) -> None:
         """Takes no further part in this prompt, and lets go of everything."""
         self.active, self.facts = False, None
-        self._pieces, self.rows = {}, []
+        self._pieces, self._filled, self.rows = {}, {}, []
 
     def __deepcopy__(self, memo) -> PromptSession:
         # a copy of the cache goes on by itself: the prompt is stored once, by the original
@@ -222,6 +226,22 @@ class PromptSession:
             if name not in found:
                 found[name] = self.store.match(self.identity, row.ids)
             row.matches = found[name]
+        # what was let go of once does not come back, also where a store has lost pages since
+        self._kept_from = max(self._kept_from, min(row.padding + self._whole(row) for row in self.rows))
+
+    def _whole(self, row: Row) -> int:
+        """Tokens of the whole pages that the store has of a row."""
+        return sum(match.length for match in row.matches if match.length == self.store.page_size)
+
+    def _keep(self, producer: int, first: int, key: Tensor, value: Tensor) -> None:
+        """Notes keys and values `[B, H_kv, n, D]` of the columns from `first` on, where pages will be made of them."""
+        skip = max(self._kept_from - first, 0)
+        if skip >= key.shape[2]:
+            return
+        if skip:
+            # a view would hold on to the columns before it
+            key, value = key[:, :, skip:].clone(), value[:, :, skip:].clone()
+        self._pieces.setdefault(producer, []).append((first + skip, key, value))
 
     def _known(self, row: Row) -> int:
         return sum(match.length for match in row.matches)
@@ -239,7 +259,7 @@ class PromptSession:
                 if match.key not in read:
                     read[match.key] = self._read(match)
                 page = read[match.key]
-                if page is None:
+                if page is None or not _stands_for(page, match, row.ids):
                     target = min(target, max(row.padding + match.start, self._seen))
                     break
                 row.pages[match.start] = page.first(match.length)
@@ -253,7 +273,8 @@ class PromptSession:
                 self._fill(pair, number, row, index, target)
             key, value = (tensor.to(device) for tensor in pair)
             layer.adopt(key, value)
-            self._pieces.setdefault(geometry.producers[index], []).append((self._seen, *pair))
+            self._filled[geometry.producers[index]] = target
+            self._keep(geometry.producers[index], self._seen, *pair)
         used = {match.key: match for row in self.rows for match in row.matches if match.key in read}
         tokens = sum(target - max(row.padding, self._seen) for row in self.rows if row.padding < target)
         self.store.adopted(list(used.values()), tokens)
@@ -291,7 +312,9 @@ class PromptSession:
             for match in row.matches:
                 if match.length == size:
                     parent = match.key
-            start = sum(size for match in row.matches if match.length == size)
+            start = self._whole(row)
+            if start >= len(row.ids) or row.padding + start < self._kept_from:
+                continue
             # put together in the background, from what the forward left
             pages = [
                 partial(_page, self._pieces, self.facts.geometry, number, row, at, size)
@@ -301,8 +324,15 @@ class PromptSession:
             self.store.submit(task, (len(row.ids) - start) * self.facts.geometry.token_bytes)
 
 
+def _stands_for(page: Page, match: Match, ids: np.ndarray) -> bool:
+    """Whether a page is of the tokens that it was found for: what found it, an index, is not signed as pages are."""
+    own = ids[match.start : match.start + match.length]
+    return page.start == match.start and np.array_equal(page.ids[: match.length], own)
+
+
 def _page(pieces: Pieces, geometry: Geometry, number: int, row: Row, start: int, size: int) -> Page:
     """The page of a row's tokens from `start` on, in the memory of the host."""
+    _to_host(pieces)
     end = min(start + size, len(row.ids))
     keys, values = [], []
     for producer in geometry.producers:
@@ -312,9 +342,16 @@ def _page(pieces: Pieces, geometry: Geometry, number: int, row: Row, start: int,
             for skip, stop in [(max(row.padding + start - first, 0), row.padding + end - first)]
             if skip < min(stop, key.shape[2])
         ]
-        keys.append(torch.cat([key.cpu() for key, _ in parts], dim=1))
-        values.append(torch.cat([value.cpu() for _, value in parts], dim=1))
+        keys.append(torch.cat([key for key, _ in parts], dim=1))
+        values.append(torch.cat([value for _, value in parts], dim=1))
     return Page(row.ids[start:end], start, keys, values)
+
+
+def _to_host(pieces: Pieces) -> None:
+    """Moves what pages will be made of to the memory of the host, so that a device does not hold it until the last page
+    is coded. Does nothing the second time."""
+    for producer, parts in pieces.items():
+        pieces[producer] = [(first, key.cpu(), value.cpu()) for first, key, value in parts]
 
 
 def _write(

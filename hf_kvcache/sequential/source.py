@@ -39,5 +39,5 @@ class StoreSource:
             spec.sharing.source_layers,
             self.codec.identity,
             self.store.page_size,
-            self.store.namespace,
+            self.store.tenant,
         )

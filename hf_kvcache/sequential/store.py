@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, page_key
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.writer import Writer
 
@@ -50,6 +51,7 @@ class Counts:
     known_pages: int = 0
     dropped_pages: int = 0
     damaged_pages: int = 0
+    unreadable_pages: int = 0
     failures: int = 0
     read_bytes: int = 0
     read_seconds: float = 0.0
@@ -71,7 +73,7 @@ class PrefixStore:
         page_size: tokens of a page.
         limit_bytes: keep the store below this; None for no limit.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
-        secret: up to 64 bytes; pages are signed with it, and unsigned ones are refused.
+        secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
         options: for the driver.
 
     Example:
@@ -102,6 +104,14 @@ class PrefixStore:
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
 
+    @property
+    def tenant(self) -> str:
+        """Whose pages these are: the namespace, and the secret by its digest.
+
+        So pages that could not be read are not found either, and do not keep this store from writing its own.
+        """
+        return f"{self.namespace}\0{hashlib.sha256(self.secret).hexdigest()}" if self.secret else self.namespace
+
     def match(self, identity: Identity, ids: Sequence[int] | np.ndarray) -> list[Match]:
         """The longest chain of pages that `ids` begins with; the last one may be shared in part."""
         ids = np.asarray(ids, dtype=np.uint32)
@@ -130,10 +140,12 @@ class PrefixStore:
                 if data is not None:
                     self.counts.read_bytes += len(data)
                     page = record.read(data, match.key, match.parent, codecs, context, self.secret)
+            except UnreadablePage as error:
+                self._unreadable(match.key, error)
             except PageError as error:
                 self.counts.damaged_pages += 1
-                self._say("damaged", f"dropped the page {match.key[:16]}, it will be computed again: {error}")
                 self.backend.delete(match.key, match.parent)
+                self._say("damaged", f"dropped the page {match.key[:16]}, it will be computed again: {error}")
             self.counts.decoding_seconds += time.perf_counter() - arrived
         return page
 
@@ -225,6 +237,9 @@ class PrefixStore:
                 continue
             try:
                 record.summary(data, self.secret)
+            except UnreadablePage as error:
+                self._unreadable(entry.key, error)
+                continue
             except PageError:
                 continue
             other.backend.write(entry, data)
@@ -232,14 +247,23 @@ class PrefixStore:
         return copied
 
     def verify(self) -> tuple[int, list[str]]:
-        """Reads every page; returns how many are whole and the keys of those that are not, which are removed."""
-        self.backend.collect()
+        """Reads every page; returns how many are whole and the keys of those that are not, which are removed.
+
+        Pages that are whole and cannot be read here are left, and counted in `counts.unreadable_pages`.
+        """
+        self._collect()
         whole, damaged = 0, []
         for entry in list(self.backend.entries()):
             data = self.backend.read(entry.key, entry.parent)
+            if data is None:
+                # somebody else has removed it since: that is no damage
+                continue
             try:
-                found = None if data is None else record.summary(data, self.secret)
-                good = found is not None and found.key == entry.key == page_key(entry.parent, found.ids)
+                found = record.summary(data, self.secret)
+                good = found.key == entry.key == page_key(entry.parent, found.ids)
+            except UnreadablePage as error:
+                self._unreadable(entry.key, error)
+                continue
             except PageError:
                 good = False
             whole += good
@@ -251,10 +275,11 @@ class PrefixStore:
     def gc(self, limit_bytes: int | None = None) -> int:
         """Removes what interrupted writes left, pages that nothing leads to, tails that a longer page has made needless
         and, above a limit, what is worth least. Returns the bytes freed."""
-        freed = self.backend.collect()
+        freed, unreadable = self._collect()
         entries = list(self.backend.entries())
         pinned = set(self.backend.pins().values())
-        for entry in eviction.needless(entries, pinned, self.page_size):
+        # what stands behind a page that nobody here can read is not lost
+        for entry in () if unreadable else eviction.needless(entries, pinned, self.page_size):
             self.backend.delete(entry.key, entry.parent)
             freed += entry.size
         limit = self.limit_bytes if limit_bytes is None else limit_bytes
@@ -281,7 +306,8 @@ class PrefixStore:
                     ids = None if data is None else record.summary(data, self.secret).ids
                 except PageError:
                     ids = None
-            if ids is None:
+            # an index is not signed: only what the key is the hash of is believed
+            if ids is None or page_key(parent, ids) != key:
                 continue
             common = min(len(ids), len(rest))
             differ = np.nonzero(ids[:common] != rest[:common])[0]
@@ -314,6 +340,19 @@ class PrefixStore:
             freed += entry.size
         return freed
 
+    def _collect(self) -> tuple[int, int]:
+        """Has the place clean up: bytes freed, and how many pages of which it knows no more than a name are whole and
+        cannot be read here."""
+        freed, unreadable = self.backend.collect()
+        for key, error in unreadable:
+            self._unreadable(key, error)
+        return freed, len(unreadable)
+
+    def _unreadable(self, key: str, error: UnreadablePage) -> None:
+        """Counts a page that is left as it is."""
+        self.counts.unreadable_pages += 1
+        self._say("unreadable", f"cannot read the page {key[:16]} and others like it, which are kept: {error}")
+
     @contextmanager
     def _surviving(self, verb: str) -> Iterator[None]:
         """Turns failures of the place into a warning, said once."""
@@ -327,7 +366,7 @@ class PrefixStore:
         with self._surviving("counted"):
             self.backend.used(keys)
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.counts.failures += 1
         self._say("coded", f"a page was not stored ({type(error).__name__}: {error})")
 

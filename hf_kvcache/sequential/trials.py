@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -71,9 +72,9 @@ def same(one: Page | None, other: Page) -> bool:
     return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
-def resigned(data: bytes, secret: bytes = b"") -> bytes:
+def resigned(data: bytes) -> bytes:
     """A page file with a checksum that is right, as somebody who knows the format would write it."""
-    return data[: -pagefile.CHECKSUM] + pagefile.checksum(data[: -pagefile.CHECKSUM], secret)
+    return data[: -pagefile.CHECKSUM] + pagefile.checksum(data[: -pagefile.CHECKSUM])
 
 
 def with_header(data: bytes, header: dict) -> bytes:
@@ -88,13 +89,13 @@ def header_end(data: bytes) -> int:
 
 
 def tampered(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """Variants of a page file: bytes, runs of bytes or fields of the header changed, or all of it random. The checksum
-    is right in nine of ten."""
+    """Variants of a page file: bytes, runs of bytes, fields of the header or numbers of a section changed, or all of it
+    random. The checksum is right in nine of ten."""
     choose = random.Random(seed)
     values = [0, 1, -1, 2**31, 2**63, 2**70, -(2**70), 1.5, "", "x" * 300, None, True, [], {}, [[]], "../x", 1e308]
     for _ in range(count):
         changed = bytearray(data)
-        kind = choose.randrange(4)
+        kind = choose.randrange(5)
         if kind == 0:
             for _ in range(choose.randrange(1, 8)):
                 changed[choose.randrange(len(changed))] = choose.randrange(256)
@@ -106,10 +107,23 @@ def tampered(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
             target = choose.choice([header, header["facts"], *header["sections"]])
             target[choose.choice([*target, "other"])] = choose.choice(values)
             changed = bytearray(with_header(data, header))
+        elif kind == 3:
+            changed = bytearray(_with_no_number(data, choose))
         else:
             changed = bytearray(choose.randbytes(choose.randrange(len(data))))
             changed[:8] = pagefile.MAGIC
         yield bytes(changed) if choose.random() < 0.1 else resigned(bytes(changed))
+
+
+def _with_no_number(data: bytes, choose: random.Random) -> bytes:
+    """A page file in whose sections a number is infinite or none, of 16 or 32 bits."""
+    file = pagefile.load(data)
+    sections = {name: bytearray(section) for name, section in file.sections.items()}
+    name = choose.choice([name for name, section in sections.items() if len(section) >= 4])
+    number = struct.pack(choose.choice("ef"), choose.choice([math.inf, -math.inf, math.nan]))
+    place = choose.randrange(len(sections[name]) // len(number)) * len(number)
+    sections[name][place : place + len(number)] = number
+    return pagefile.dump(pagefile.PageFile(file.description, {name: bytes(own) for name, own in sections.items()}))
 
 
 def write_for_ever(url: str, seed: int, acknowledge: Connection) -> None:

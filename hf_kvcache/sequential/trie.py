@@ -25,26 +25,25 @@ class Node:
     Args:
         entry: what the store knows of it.
         children: pages behind it.
+        subtree_bytes: of the page and all behind it.
     """
 
     entry: Entry
     children: list[Node] = field(default_factory=list)
-
-    @property
-    def subtree_bytes(self) -> int:
-        """Bytes of the page and all behind it."""
-        return self.entry.size + sum(child.subtree_bytes for child in self.children)
+    subtree_bytes: int = 0
 
 
 def build(entries: Iterable[Entry]) -> list[Node]:
     """The first pages of all trees, largest tree first; what is behind a page that is gone is left out."""
-    nodes = {entry.key: Node(entry) for entry in entries}
+    nodes = {entry.key: Node(entry, subtree_bytes=entry.size) for entry in entries}
     roots = []
-    for node in nodes.values():
+    # from the leaves up: a conversation is hundreds of pages deep, more than recursion bears
+    for node in sorted(nodes.values(), key=lambda node: -node.entry.start):
         if node.entry.start == 0:
             roots.append(node)
         elif node.entry.parent in nodes:
             nodes[node.entry.parent].children.append(node)
+            nodes[node.entry.parent].subtree_bytes += node.subtree_bytes
     for node in nodes.values():
         node.children.sort(key=lambda child: -child.subtree_bytes)
     return sorted(roots, key=lambda node: -node.subtree_bytes)

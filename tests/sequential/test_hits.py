@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 from functools import cache as memoize
 
 import numpy as np
@@ -27,6 +28,7 @@ from hf_kvcache import (
     unpatch_model,
 )
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.sequential.session import PromptSession
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.testing import greedy, left_pad, live_bytes, model_state, random_ids, sharing_maps, tiny_model
 
@@ -363,6 +365,76 @@ def test_tokens_pages_are_recognised_and_computed_again(store):
     entries = list(store.entries())
     assert {entry.codec for entry in entries} == {"tokens"}
     assert np.array_equal(np.concatenate([e.ids for e in sorted(entries, key=lambda e: e.start)]), ids[0].numpy())
+
+
+def test_a_page_of_other_tokens_is_not_adopted(store, monkeypatch):
+    """Where what finds pages says that a fork shares more than it does."""
+    model, reference = stored("llama", store), cold("llama")
+    first, second, _ = prompts()
+    greedy(model, first)
+    store.flush()
+    found = PrefixStore.match
+
+    def lie(self, identity, ids):
+        return [replace(match, length=min(PAGE, len(ids) - match.start)) for match in found(self, identity, ids)]
+
+    monkeypatch.setattr(PrefixStore, "match", lie)
+    assert torch.equal(greedy(model, second), greedy(reference, second))
+    assert store.counts.adopted_tokens == 32
+
+
+def kept_columns(model, ids, monkeypatch):
+    """Of every prompt, the columns whose keys and values a session holds when the prompt is complete."""
+    kept = []
+    submit = PromptSession._submit
+
+    def note(self):
+        pieces = next(iter(self._pieces.values()), [])
+        kept.append([(first, key.shape[2], key.untyped_storage().nbytes() // key.nbytes) for first, key, _ in pieces])
+        submit(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptSession, "_submit", note)
+        greedy(model, ids, tokens=2)
+    return kept
+
+
+def test_a_hit_keeps_only_what_it_will_write(store, monkeypatch):
+    model = stored("llama", store)
+    first, second, part = prompts()
+    # a view of the prompt's own keys, whole
+    assert [(place, count) for place, count, _ in kept_columns(model, first, monkeypatch)[0]] == [(0, 45)]
+    store.flush()
+    # the fork's page begins at 32: five columns of it adopted, twelve computed
+    assert kept_columns(model, second, monkeypatch) == [[(32, 5, 1), (37, 12, 1)]]
+    store.flush()
+    assert kept_columns(model, part, monkeypatch) == [[(24, 5, 1), (29, 1, 1)]]
+    # h2o adopts nothing, and still only writes what is new
+    assert kept_columns(stored("llama", store, "h2o"), second, monkeypatch) == [[(48, 1, 1)]]
+    assert kept_columns(model, first[:, :40], monkeypatch) == [[]]
+    store.flush()
+    for ids in (first, second, part):
+        assert adopted(model, store, ids) == ids.shape[1] - 1
+
+
+def test_pages_that_go_between_chunks_are_not_written_in_part(store, monkeypatch):
+    """What was not kept cannot be stored when the store loses it in the middle of a prompt."""
+    model, reference, ids = stored("llama", store), cold("llama"), prompts()[0]
+    greedy(model, ids)
+    store.flush()
+    look_up, calls = PromptSession._look_up, []
+
+    def lose(self):
+        if calls:
+            for entry in list(store.entries()):
+                store.backend.delete(entry.key, entry.parent)
+        calls.append(1)
+        look_up(self)
+
+    monkeypatch.setattr(PromptSession, "_look_up", lose)
+    assert torch.equal(greedy(model, ids, prefill_chunk_size=20), greedy(reference, ids))
+    store.flush()
+    assert len(calls) > 1 and list(store.entries()) == []
 
 
 def test_options_are_checked(tmp_path):

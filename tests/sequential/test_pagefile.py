@@ -12,7 +12,7 @@ from hf_kvcache.sequential import packing, pagefile, record
 from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.identity import page_key, require_key
 from hf_kvcache.sequential.lossless import Lossless
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Geometry
 from hf_kvcache.sequential.trials import (
     CODECS,
@@ -80,7 +80,7 @@ def test_without_zstd_pages_are_written_and_those_of_others_named(monkeypatch):
     file = written(page)
     assert same(read(file.data, file.entry.key), page)
     if b'"zstd"' in with_zstd.data:
-        with pytest.raises(PageError, match="pip install zstandard"):
+        with pytest.raises(UnreadablePage, match="pip install zstandard"):
             read(with_zstd.data, with_zstd.entry.key)
 
 
@@ -108,7 +108,7 @@ def test_a_later_format_and_other_files_are_named():
     file = written(random_page())
     later = bytearray(file.data)
     struct.pack_into("<I", later, 8, pagefile.VERSION + 1)
-    with pytest.raises(PageError, match=r"format 2.*upgrade"):
+    with pytest.raises(UnreadablePage, match=r"format 2.*upgrade"):
         read(resigned(bytes(later)), file.entry.key)
     with pytest.raises(PageError, match="not a page file"):
         read(b"PK\3\4" + bytes(100), file.entry.key)
@@ -139,11 +139,20 @@ def test_a_page_of_another_shape_is_refused():
 def test_signed_pages_need_the_secret():
     file = written(random_page(), secret=b"one")
     assert same(read(file.data, file.entry.key, secret=b"one"), random_page())
-    for secret in (b"", b"two"):
-        with pytest.raises(PageError, match="another secret"):
+    for secret, said in ((b"", "signed with a secret"), (b"two", "another secret")):
+        with pytest.raises(UnreadablePage, match=said):
             read(file.data, file.entry.key, secret=secret)
-    with pytest.raises(PageError, match="another secret"):
-        read(resigned(file.data), file.entry.key, secret=b"one")
+    with pytest.raises(UnreadablePage, match="not signed"):
+        read(written(random_page()).data, file.entry.key, secret=b"one")
+    forged = bytearray(file.data)
+    forged[-2 * pagefile.CHECKSUM - 1] ^= 1
+    with pytest.raises(UnreadablePage, match="another secret"):
+        read(resigned(bytes(forged)), file.entry.key, secret=b"one")
+    # damage is damage, whoever reads it
+    for secret in (b"", b"one"):
+        with pytest.raises(PageError, match="damaged") as raised:
+            read(bytes(forged), file.entry.key, secret=secret)
+        assert not isinstance(raised.value, UnreadablePage)
 
 
 @pytest.mark.parametrize("name", ["zstd", "zlib"])
@@ -185,3 +194,25 @@ def test_the_parser_survives_tampered_pages():
         assert np.array_equal(found.ids, page.ids) and len(found.keys) == 3
         assert [tuple(key.shape) for key in found.keys] == [(2, 3, 8), (2, 3, 8), (1, 3, 4)]
     assert accepted < FUZZ / 2
+
+
+@pytest.mark.parametrize(
+    "raised", [RuntimeError, IndexError, KeyError, torch.linalg.LinAlgError, np.linalg.LinAlgError]
+)
+def test_what_a_decoder_stumbles_over_is_a_bad_page(raised, monkeypatch):
+    file = written(random_page())
+
+    def stumble(*_):
+        raise raised("over this")
+
+    monkeypatch.setattr(Lossless, "decode", stumble)
+    with pytest.raises(PageError, match=r"lossless.*over this") as found:
+        read(file.data, file.entry.key)
+    assert not isinstance(found.value, UnreadablePage)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_page(monkeypatch):
+    file = written(random_page())
+    monkeypatch.setattr(Lossless, "decode", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none left")))
+    with pytest.raises(UnreadablePage, match="none left"):
+        read(file.data, file.entry.key)

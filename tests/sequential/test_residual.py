@@ -14,7 +14,7 @@ from hf_kvcache.sequential.basis import Basis, gather, groups, scatter
 from hf_kvcache.sequential.codes import pack_codes, unpack_codes
 from hf_kvcache.sequential.identity import page_key
 from hf_kvcache.sequential.packing import PageError, compress
-from hf_kvcache.sequential.page import Context, Geometry, Page
+from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
 from hf_kvcache.sequential.residual import SINKS, Residual
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import GEOMETRY, IDENTITY, random_page, tampered
@@ -216,3 +216,49 @@ def test_options_are_checked(tmp_path, basis):
         patch_model(model, Sequential(store=tmp_path, codec="residual", basis=basis))
     with pytest.raises(FileNotFoundError, match="calibrate sequential"):
         patch_model(model, Sequential(store=tmp_path, codec="residual", basis=tmp_path / "none"))
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+@pytest.mark.parametrize("section", ["means", "scales"])
+def test_means_and_scales_are_numbers(section, number):
+    page, codec = likely_page(7, 64, 64), Residual(2.0, full=64)
+    coded = codec.encode(page, CONTEXT)
+    data = np.frombuffer(coded.sections[section], np.float16).copy()
+    data[1] = number
+    with pytest.raises(PageError, match="finite"):
+        codec.decode(Coded(coded.facts, {**coded.sections, section: data.tobytes()}), page.ids, page.start, CONTEXT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 60000.0])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_numbers_that_codes_cannot_hold_are_kept(calibrated, number, dtype, basis):
+    geometry = Geometry(GEOMETRY.producers, GEOMETRY.heads, GEOMETRY.dims, dtype)
+    page = likely_page(8, 64, 64, dtype)
+    page.values[1][0, 3, 2] = number
+    page.keys[0][1, 9, 1] = number
+    codec = Residual(4.0, basis if calibrated else None, full=64)
+    restored, _ = through_file(page, codec, Context(geometry, turned))
+    if number == 60000.0:
+        assert bool(restored.flat().isfinite().all())
+        return
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    expected = page.flat().to(half).to(dtype)
+    assert torch.equal(restored.flat().isnan(), expected.isnan())
+    assert torch.equal(restored.flat().nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_means_beyond_sixteen_bit_are_kept():
+    page = likely_page(8, 64, 64)
+    page.values[1][0] += 1e6
+    restored, _ = through_file(page, Residual(4.0, full=64))
+    assert torch.equal(restored.flat(), page.flat().bfloat16().float())
+
+
+def test_a_page_that_codes_do_not_shrink_stays_as_it_is():
+    geometry = Geometry(GEOMETRY.producers, GEOMETRY.heads, GEOMETRY.dims, torch.bfloat16)
+    page, context = random_page(3, 64, 64, geometry), Context(geometry, turned)
+    restored, data = through_file(page, Residual(1e4, full=64), context)
+    assert torch.equal(restored.flat(), page.flat()) and len(data) < page.flat().nbytes + 1000
+    restored, coarse = through_file(random_page(3, 256, 256, geometry), Residual(1.0, full=256), context)
+    assert len(coarse) < restored.flat().nbytes / 2 and not torch.equal(restored.flat(), page.flat())

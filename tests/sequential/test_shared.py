@@ -10,6 +10,7 @@ import socket
 import subprocess
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,37 @@ def test_a_model_reads_what_another_stored(place):
         assert torch.equal(greedy(patch_model(tiny_model("llama"), "sequential", store=store), ids), expected)
         store.flush()
         assert store.counts.adopted_tokens == adopted and store.counts.failures == 0
+
+
+def test_a_redis_keeps_the_sum_of_its_bytes(redis_url, monkeypatch):
+    import redis
+
+    client = redis.Redis.from_url(redis_url)
+    client.flushall()
+    store, pages = PrefixStore(redis_url, page_size=8), chain(4)
+
+    def agrees():
+        return store.backend.total() == sum(entry.size for entry in store.entries())
+
+    assert store.backend.total() == 0
+    keys = put_chain(store, pages)
+    assert agrees() and store.backend.total() > 0
+    # the same page written again, larger, and pages removed, once and twice
+    entry = next(entry for entry in store.entries() if entry.key == keys[3])
+    store.backend.write(replace(entry, size=entry.size + 5), store.backend.read(entry.key, entry.parent) + b"12345")
+    assert agrees()
+    for _ in range(2):
+        store.backend.delete(keys[3], keys[2])
+        assert agrees()
+    # what the server drops by itself
+    client.delete("hf_kvcache:bytes")
+    assert agrees()
+    client.delete(f"hf_kvcache:page:{keys[2]}", f"hf_kvcache:entry:{keys[2]}")
+    store.gc()
+    assert agrees() and store.backend.total() > 0
+    # one question to the server, however many pages
+    monkeypatch.setattr(store.backend, "entries", lambda: pytest.fail("all entries were read"))
+    assert store.backend.total() > 0
 
 
 def test_processes_share_a_redis(redis_url):

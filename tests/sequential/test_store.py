@@ -4,6 +4,7 @@ import errno
 import os
 import sqlite3
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from hf_kvcache.sequential.trials import (
     kill_a_writer,
     put_chain,
     random_page,
+    resigned,
     restored,
     same,
     write_beyond_the_disk,
@@ -111,6 +113,65 @@ def test_damaged_pages_are_dropped_and_said_once(store):
     assert [entry.key for entry in store.entries()] == keys[:1]
     put_chain(store, pages)
     assert same(restored(store, ids_of(pages))[2], pages[2])
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])
+@pytest.mark.parametrize("reader", [b"", b"two"])
+def test_pages_of_another_secret_are_kept_and_said_once(tmp_path, scheme, reader):
+    if scheme:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+    url, pages = f"{scheme}{tmp_path}/store", chain(3)
+    with PrefixStore(url, page_size=8, secret=b"one") as owner:
+        put_chain(owner, pages)
+        # found again without the index too
+        for path in (tmp_path / "store").glob("index.sqlite*"):
+            path.unlink()
+    store = PrefixStore(url, page_size=8, secret=reader)
+    with pytest.warns(RuntimeWarning, match="secret") as said:
+        assert restored(store, ids_of(pages)) == [None] * 3
+        assert store.verify() == (0, []) and store.gc() == 0
+    assert len(said) == 1 and store.counts.unreadable_pages == 9 and store.counts.damaged_pages == 0
+    with PrefixStore(url, page_size=8, secret=b"one") as owner:
+        assert owner.verify() == (3, [])
+        assert all(same(found, page) for found, page in zip(restored(owner, ids_of(pages)), pages, strict=True))
+
+
+def test_a_page_of_a_later_format_keeps_what_is_behind_it(tmp_path):
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store = PrefixStore(f"local://{tmp_path}", page_size=8)
+    put_chain(store, chain(3))
+    first = next(entry for entry in store.entries() if entry.start == 0)
+    later = bytearray(store.backend.read(first.key, first.parent))
+    later[8] += 1
+    store.backend.write(first, resigned(bytes(later)))
+    with pytest.warns(RuntimeWarning, match="upgrade"):
+        assert store.gc() == 0 and store.verify() == (2, [])
+
+
+def test_stores_with_a_secret_are_apart(tmp_path):
+    tenants = {PrefixStore(tmp_path, namespace=n, secret=s).tenant for n in ("", "a") for s in (b"", b"one", b"two")}
+    assert len(tenants) == 6
+    assert PrefixStore(tmp_path, namespace="a").tenant == "a"
+
+
+def test_an_index_that_lies_is_not_believed(store):
+    pages = chain(2)
+    key = put_chain(store, pages)[1]
+    ids = ids_of(pages).copy()
+    # the same first token, and another text
+    ids[9:] += 1
+    store.backend._run("UPDATE pages SET ids = ? WHERE key = ?", (ids[8:].astype("<u4").tobytes(), key))
+    assert [match.length for match in store.match(IDENTITY, ids[:13])] == [8]
+
+
+@pytest.mark.parametrize("blob", [b"abcde", b"", 7, "text"])
+def test_ids_that_an_index_has_not_are_read_from_the_page(store, blob):
+    pages = chain(2)
+    key = put_chain(store, pages)[1]
+    store.backend._run("UPDATE pages SET ids = ? WHERE key = ?", (blob, key))
+    assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:13])] == [8, 5]
+    assert np.array_equal(np.concatenate([entry.ids for entry in store.entries()]), ids_of(pages))
+    assert store.verify() == (2, [])
 
 
 def test_verify_finds_what_is_damaged_and_missing(store):
@@ -210,6 +271,43 @@ def test_a_task_that_raises_is_said_and_the_next_one_runs(store):
     assert done == [2]
 
 
+def test_a_warning_that_is_an_error_does_not_end_the_writer(store):
+    done = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.submit(lambda: done.append(1 / 0), 10)
+        store.submit(lambda: done.append(2), 10)
+        assert_ends(store.flush)
+    assert done == [2] and store.counts.failures == 1
+
+
+def test_a_writer_that_has_ended_is_started_again(store):
+    done = []
+    store.submit(sys.exit, 10)
+    store.submit(lambda: done.append(1), 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_ends(store.flush)
+    # as if something had ended the thread
+    store._writer._tasks.put((None, 0))
+    store._writer._thread.join(60)
+    store.submit(lambda: done.append(2), 10)
+    assert_ends(store.flush)
+    store._writer._tasks.put((None, 0))
+    store._writer._thread.join(60)
+    store._writer._tasks.put((lambda: done.append(3), 0))
+    assert_ends(store.close)
+    assert_ends(store.flush)
+    assert done == [1, 2, 3]
+
+
+def assert_ends(call):
+    waiting = threading.Thread(target=call, daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
+
+
 def test_pages_that_come_too_fast_are_dropped(store):
     store._writer.most_waiting = 100
     with pytest.warns(RuntimeWarning, match="faster"):
@@ -296,6 +394,39 @@ def test_scratch_files_of_the_dead_are_removed(store):
     assert not dead.exists() and alive.exists()
 
 
+def test_a_scratch_file_that_its_writer_renames_meanwhile_is_no_failure(store, monkeypatch):
+    put_chain(store, chain(1))
+    renamed = next(Path(store.url).glob("pages/*")) / ".renamed"
+    found = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*found(path, pattern), renamed])
+    assert store.gc() == 0 and store.verify() == (1, [])
+
+
+@pytest.mark.parametrize("scheme", ["", "local://"])
+def test_a_page_that_is_removed_meanwhile_is_not_damaged(tmp_path, scheme, monkeypatch):
+    if scheme:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store, other = (PrefixStore(f"{scheme}{tmp_path}", page_size=8) for _ in range(2))
+    put_chain(store, chain(2))
+    victim = next(entry for entry in store.entries() if entry.start == 8)
+    listed = list(store.entries())
+    other.backend.delete(victim.key, victim.parent)
+    monkeypatch.setattr(store.backend, "entries", lambda: iter(listed))
+    assert store.verify() == (1, [])
+
+
+def test_objects_that_are_removed_meanwhile_are_no_failure(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    store = PrefixStore(f"local://{tmp_path}", page_size=8)
+    put_chain(store, chain(2))
+    gone = [f"{tmp_path}/pages/{'0' * 64}/{'1' * 64}.5"]
+    found = store.backend._all
+    monkeypatch.setattr(store.backend, "_all", lambda **how: [*found(**how), *gone])
+    assert store.verify() == (2, [])
+    monkeypatch.setattr(store.backend, "_find", lambda *_: gone[0])
+    store.backend.delete("1" * 64, "0" * 64)
+
+
 def test_urls_and_options_are_checked(tmp_path):
     with pytest.raises(ValueError, match="page_size"):
         PrefixStore(tmp_path, page_size=0)
@@ -316,8 +447,6 @@ def test_a_missing_driver_is_named(url, module, package, monkeypatch):
 
 
 def test_a_locked_index_is_waited_for(store):
-    import threading
-
     put_chain(store, chain(1))
     other = sqlite3.connect(Path(store.url) / "index.sqlite", check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")

@@ -7,6 +7,7 @@ from hf_kvcache import compress, patch_model
 from hf_kvcache.sequential import lm_coder
 from hf_kvcache.sequential.archive import load_tokens, save_tokens
 from hf_kvcache.sequential.lm_coder import CodedTokens
+from hf_kvcache.sequential.packing import PageError
 from hf_kvcache.testing import greedy, random_ids, tiny_model
 
 
@@ -48,6 +49,33 @@ def test_a_desync_falls_back_to_packed_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(lm_coder, "decode", lambda model, coded: torch.zeros(1, coded.length, dtype=torch.long))
     assert save_tokens(model, ids, tmp_path / "chat", coder="lm")["surprisal"] == 0.0
     monkeypatch.undo()
+    assert torch.equal(load_tokens(model, tmp_path / "chat"), ids)
+
+
+def test_a_code_that_constriction_refuses_falls_back_too(tmp_path, monkeypatch):
+    pytest.importorskip("constriction", reason="constriction is not installed")
+    model, ids = tiny_model("llama"), random_ids(length=40)
+    monkeypatch.setattr(lm_coder, "decode", lambda *_: (_ for _ in ()).throw(AssertionError("invalid compressed data")))
+    assert save_tokens(model, ids, tmp_path / "chat", coder="lm")["surprisal"] == 0.0
+    monkeypatch.undo()
+    assert torch.equal(load_tokens(model, tmp_path / "chat"), ids)
+
+
+def test_a_code_read_under_other_probabilities_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("constriction", reason="constriction is not installed")
+    model, ids = tiny_model("llama"), random_ids(length=40)
+    assert save_tokens(model, ids, tmp_path / "chat", coder="lm")["surprisal"] > 0
+    model.lm_head.weight.data.mul_(0.5)
+    with pytest.raises(PageError, match=r"same dtype, device.*packed"):
+        load_tokens(model, tmp_path / "chat")
+    monkeypatch.setattr(lm_coder, "decode", lambda *_: (_ for _ in ()).throw(AssertionError("invalid compressed data")))
+    with pytest.raises(PageError, match=r"same dtype, device.*packed"):
+        load_tokens(model, tmp_path / "chat")
+
+
+def test_a_long_conversation_is_saved(tmp_path):
+    model, ids = tiny_model("llama"), random_ids(length=131072 + 77)
+    save_tokens(model, ids, tmp_path / "chat")
     assert torch.equal(load_tokens(model, tmp_path / "chat"), ids)
 
 

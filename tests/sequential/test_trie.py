@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from hf_kvcache import patch_model
 from hf_kvcache.cli import app
+from hf_kvcache.plot_trie import _bars
 from hf_kvcache.sequential import trie
+from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.information import token_bits
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import IDENTITY, chain, ids_of, put_chain
@@ -102,6 +104,17 @@ def test_the_trie_is_built_from_its_pages(tmp_path):
     assert sum(root.subtree_bytes for root in roots) == store.backend.total()
 
 
+def test_a_long_conversation_is_no_deeper_than_it_may_be(tmp_path):
+    keys = [f"{index:064x}" for index in range(3001)]
+    ids = np.arange(8, dtype=np.uint32)
+    entries = [Entry(keys[i + 1], keys[i], ids, 8 * i, "lossless", 10 + i, 0.0) for i in range(3000)]
+    fork = Entry("f" * 64, keys[2990], ids, 8 * 2990, "lossless", 5, 0.0)
+    (root,) = trie.build([*entries[::-1], fork])
+    assert root.subtree_bytes == sum(entry.size for entry in entries) + 5
+    bars = {node.entry.key: (first, height) for node, first, height in _bars([root])}
+    assert len(bars) == 3001 and bars[keys[1]] == (0, 2) and bars[keys[3000]] == (0, 1) and bars["f" * 64] == (1, 1)
+
+
 def test_the_command_line_shows_checks_and_cleans(tmp_path):
     run, folder = CliRunner().invoke, str(tmp_path / "store")
     with PrefixStore(folder, page_size=8) as store:
@@ -124,3 +137,17 @@ def test_the_command_line_shows_checks_and_cleans(tmp_path):
     assert run(app, ["store", "gc", folder, "--limit", "1"]).exit_code == 0
     assert "0 pages" in run(app, ["store", "stat", folder]).output
     assert isinstance(run(app, ["store", "ls", str(tmp_path / "nowhere")]).exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize("secret", [b"word", b"word \n", b"\x00 \n"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_the_command_line_takes_the_secret_as_it_is(secret, end, tmp_path):
+    run, folder, file = CliRunner().invoke, str(tmp_path / "store"), tmp_path / "secret"
+    with PrefixStore(folder, page_size=8, secret=secret) as store:
+        put_chain(store, chain(2))
+    with pytest.warns(RuntimeWarning, match="signed"):
+        checked = run(app, ["store", "verify", folder])
+    assert checked.exit_code == 1 and "2 cannot be read here and are kept" in checked.output
+    file.write_bytes(secret + end)
+    checked = run(app, ["store", "verify", folder, "--secret", str(file)])
+    assert checked.exit_code == 0 and "2 pages are whole" in checked.output

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hf_kvcache.sequential.packing import UnreadablePage
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -45,6 +47,13 @@ class Entry:
         """From a page file."""
         names = ("key", "parent", "start", "codec", "created", "seconds", "information", "model")
         return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
+
+
+def ids_of_blob(data: Any) -> np.ndarray | None:
+    """Token ids as an index keeps them; None for anything else, since an index can be damaged."""
+    if not isinstance(data, bytes) or not data or len(data) % 4:
+        return None
+    return np.frombuffer(data, dtype="<u4")
 
 
 class Backend(Protocol):
@@ -97,8 +106,9 @@ class Backend(Protocol):
         """Makes `name` hold on to `key`; None lets go."""
         ...
 
-    def collect(self) -> int:
-        """Removes what interrupted writes left behind; returns the bytes."""
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
+        """Removes what interrupted writes left behind; returns the bytes, and keys of whole pages that are not among
+        the entries because this reader cannot read them."""
         ...
 
     def close(self) -> None: ...

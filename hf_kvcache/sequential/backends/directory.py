@@ -21,9 +21,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
 # seconds to wait for another process's transaction
@@ -95,7 +95,7 @@ class Directory:
             f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
             (parent, head),
         )
-        return [(key, np.frombuffer(ids, dtype="<u4")) for key, ids in rows]
+        return [(key, ids_of_blob(ids)) for key, ids in rows]
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
@@ -111,7 +111,11 @@ class Directory:
     def entries(self) -> Iterator[Entry]:
         for row in self._run(f"SELECT {COLUMNS} FROM pages ORDER BY created"):
             named = dict(zip(COLUMNS.split(", "), row, strict=True))
-            yield Entry(**{**named, "ids": np.frombuffer(named["ids"], dtype="<u4")})
+            ids = ids_of_blob(named["ids"])
+            if ids is None:
+                yield from self._entry_of_page(named["key"])
+            else:
+                yield Entry(**{**named, "ids": ids})
 
     def total(self) -> int:
         return int(self._run("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
@@ -125,22 +129,23 @@ class Directory:
         else:
             self._run("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, require_key(key)))
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
-        freed, unknown = 0, []
+        freed, found, unreadable = 0, [], []
         known = {row[0] for row in self._run("SELECT key FROM pages")}
         for path in (self.path / "pages").glob("*/*"):
             if path.name.startswith("."):
-                if time.time() - path.stat().st_mtime > ABANDONED:
-                    freed += path.stat().st_size
-                    path.unlink(missing_ok=True)
+                freed += _remove_abandoned(path)
             elif path.name not in known:
-                unknown.append(path)
-        self._insert(entry for path in unknown for entry in _entry_of(path, self.secret))
+                try:
+                    found += _entry_of(path, self.secret)
+                except UnreadablePage as error:
+                    unreadable.append((path.name, error))
+        self._insert(found)
         for key in known:
             if not self._place(key).exists():
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
-        return freed
+        return freed, unreadable
 
     def close(self) -> None:
         with self._lock:
@@ -150,6 +155,13 @@ class Directory:
 
     def _place(self, key: str) -> Path:
         return self.path / "pages" / require_key(key)[:2] / key
+
+    def _entry_of_page(self, key: str) -> list[Entry]:
+        """What the page itself says, where the index says what cannot be."""
+        try:
+            return _entry_of(self._place(key), self.secret)
+        except UnreadablePage:
+            return []
 
     def _insert(self, entries: Iterable[Entry]) -> None:
         rows = [
@@ -211,12 +223,31 @@ class Directory:
 
 
 def _entry_of(path: Path, secret: bytes) -> list[Entry]:
-    """The entry of a page file, in a list; empty when it is not a good one."""
+    """The entry of a page file, in a list; empty when it is not a good one.
+
+    Raises:
+        UnreadablePage: when it is a good one for somebody else.
+    """
     try:
         entry = summary(path.read_bytes(), secret)
         return [entry] if entry.key == path.name else []
+    except UnreadablePage:
+        raise
     except (OSError, PageError):
         return []
+
+
+def _remove_abandoned(path: Path) -> int:
+    """Removes a scratch file that nobody writes any more; returns its bytes."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        # its writer has just put it in its place
+        return 0
+    if time.time() - found.st_mtime <= ABANDONED:
+        return 0
+    path.unlink(missing_ok=True)
+    return found.st_size
 
 
 def _flush_folder(path: Path) -> None:

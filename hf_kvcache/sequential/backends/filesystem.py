@@ -9,6 +9,7 @@ folder. Hits are not counted there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 
 from hf_kvcache.sequential.backends.backend import Entry
 from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import PageError
+from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
 NAME = re.compile(r"([0-9a-f]{64})\.([0-9]+)")
@@ -74,7 +75,7 @@ class FileSystem:
     def delete(self, key: str, parent: str) -> None:
         path = self._find(key, parent)
         if path is not None:
-            self.files.rm_file(path)
+            self._remove(path)
 
     def entries(self) -> Iterator[Entry]:
         for path in self._all():
@@ -98,17 +99,23 @@ class FileSystem:
             kept[name] = require_key(key)
         self.files.pipe_file(self.names, json.dumps(kept).encode())
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes objects that are not whole pages."""
-        freed = 0
+        freed, unreadable = 0, []
         for path in self._all():
-            data = self.files.cat_file(path)
+            try:
+                data = self.files.cat_file(path)
+            except FileNotFoundError:
+                # somebody else has removed it since
+                continue
             try:
                 summary(data, self.secret)
+            except UnreadablePage as error:
+                unreadable.append((path.rpartition("/")[2].partition(".")[0], error))
             except PageError:
-                self.files.rm_file(path)
+                self._remove(path)
                 freed += len(data)
-        return freed
+        return freed, unreadable
 
     def close(self) -> None:
         """Nothing is open."""
@@ -128,6 +135,10 @@ class FileSystem:
     def _find(self, key: str, parent: str) -> str | None:
         require_key(key)
         return next((path for found, _, path in self._list(parent) if found == key), None)
+
+    def _remove(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.files.rm_file(path)
 
     def _all(self, detail: bool = False) -> Any:
         try:

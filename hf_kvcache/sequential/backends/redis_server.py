@@ -5,8 +5,10 @@
     hf_kvcache:behind:<parent>   the keys of the pages behind it, a set
     hf_kvcache:all               all keys, a set
     hf_kvcache:pins              names and the keys that they hold on to, a hash
+    hf_kvcache:bytes             of all pages, a number
 
-One page is one transaction.
+One page is one transaction, which keeps the sum of the bytes too. What the server drops by itself is taken off that sum
+when the store is collected.
 """
 
 from __future__ import annotations
@@ -18,11 +20,26 @@ from typing import Any
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry
+from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
+from hf_kvcache.sequential.packing import UnreadablePage
 
 PREFIX = "hf_kvcache"
 MOST_CHILDREN = 64
+# before an entry is changed or removed: KEYS are the entry and the sum, ARGV the bytes that the page will have
+RESIZE = """
+local old = redis.call('HGET', KEYS[1], 'size') or 0
+return redis.call('INCRBY', KEYS[2], ARGV[1] - old)
+"""
+# KEYS are all keys and the sum, ARGV what the names of entries begin with
+RECOUNT = """
+local total = 0
+for _, key in ipairs(redis.call('SMEMBERS', KEYS[1])) do
+    total = total + (redis.call('HGET', ARGV[1] .. key, 'size') or 0)
+end
+redis.call('SET', KEYS[2], total)
+return total
+"""
 
 
 class RedisServer:
@@ -61,6 +78,7 @@ class RedisServer:
             ),
         }
         with self._client.pipeline(transaction=True) as transaction:
+            transaction.eval(RESIZE, 2, f"{PREFIX}:entry:{key}", f"{PREFIX}:bytes", len(data))
             transaction.set(f"{PREFIX}:page:{key}", data)
             transaction.hset(f"{PREFIX}:entry:{key}", mapping=known)
             transaction.sadd(f"{PREFIX}:behind:{entry.parent}", key)
@@ -81,8 +99,8 @@ class RedisServer:
             found = zip(keys, pipeline.execute(), strict=True)
         pages: list[tuple[str, np.ndarray | None]] = []
         for key, data in found:
-            ids = np.frombuffer(data or b"", dtype="<u4")
-            if len(ids) and ids[0] == head:
+            ids = ids_of_blob(data)
+            if ids is not None and ids[0] == head:
                 pages.append((key, ids))
         return pages[:MOST_CHILDREN]
 
@@ -95,7 +113,8 @@ class RedisServer:
 
     def delete(self, key: str, parent: str) -> None:
         with self._client.pipeline(transaction=True) as transaction:
-            transaction.delete(f"{PREFIX}:page:{require_key(key)}", f"{PREFIX}:entry:{key}")
+            transaction.eval(RESIZE, 2, f"{PREFIX}:entry:{require_key(key)}", f"{PREFIX}:bytes", 0)
+            transaction.delete(f"{PREFIX}:page:{key}", f"{PREFIX}:entry:{key}")
             transaction.srem(f"{PREFIX}:behind:{require_key(parent)}", key)
             transaction.srem(f"{PREFIX}:all", key)
             transaction.execute()
@@ -103,19 +122,21 @@ class RedisServer:
     def entries(self) -> Iterator[Entry]:
         for key in self._client.sscan_iter(f"{PREFIX}:all"):
             found = self._client.hgetall(f"{PREFIX}:entry:{key.decode()}")
-            if b"known" not in found:
+            ids = ids_of_blob(found.get(b"ids"))
+            if b"known" not in found or ids is None:
                 continue
             start, codec, created, seconds, information, model = json.loads(found[b"known"])
             yield Entry(
                 key.decode(),
                 found[b"parent"].decode(),
-                np.frombuffer(found[b"ids"], dtype="<u4"),
+                ids,
                 *(start, codec, int(found[b"size"]), created, float(found[b"used"]), int(found[b"hits"])),
                 *(seconds, information, model),
             )
 
     def total(self) -> int:
-        return sum(entry.size for entry in self.entries())
+        known = self._client.get(f"{PREFIX}:bytes")
+        return self._recount() if known is None else int(known)
 
     def pins(self) -> dict[str, str]:
         return {name.decode(): key.decode() for name, key in self._client.hgetall(f"{PREFIX}:pins").items()}
@@ -126,12 +147,17 @@ class RedisServer:
         else:
             self._client.hset(f"{PREFIX}:pins", name, require_key(key))
 
-    def collect(self) -> int:
+    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """A transaction leaves nothing behind; entries whose page the server has dropped are removed."""
         for entry in list(self.entries()):
             if not self.contains(entry.key, entry.parent):
                 self.delete(entry.key, entry.parent)
-        return 0
+        self._recount()
+        return 0, []
+
+    def _recount(self) -> int:
+        """Adds up the bytes of all pages anew."""
+        return int(self._client.eval(RECOUNT, 2, f"{PREFIX}:all", f"{PREFIX}:bytes", f"{PREFIX}:entry:"))
 
     def close(self) -> None:
         self._client.close()
