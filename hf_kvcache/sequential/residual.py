@@ -10,12 +10,9 @@ a number is taken off it, and the rest is rounded to a step and range coded.
 
 The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits, and with keys and values
 in one transform under the metric of the model's predictions. Without a basis the channels themselves are the
-        means = gather(tensors, range(len(geometry.producers))).mean(0).half()
-        scales = torch.cat([tensor.std(1, correction=0).square().mean(1).sqrt() for kind in tensors for tensor in kind])
-        scales = scales.clamp_min(1e-6).half()
-        if not bool(means.isfinite().all() and scales.isfinite().all()):
-            return (), {}
-        stored = {"means": means.numpy().tobytes(), "scales": scales.numpy().tobytes()}
+components, with means of the page and one deviation a head. The last, partial page of a prompt stays in 16 bit: it is
+the recent window, and will be written again when it is full. So does a page with numbers that are not finite, and one
+that codes do not make smaller.
 """
 
 from __future__ import annotations
