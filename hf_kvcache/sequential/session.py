@@ -107,6 +107,7 @@ class PromptSession:
         self._began = 0.0
         self._computed = 0
         self._spent = 0.0
+        self._devices: set[torch.device] = set()
         self._pieces: Pieces = {}
         # by producer, the column up to which it has keys and values
         self._filled: dict[int, int] = {}
@@ -159,12 +160,17 @@ class PromptSession:
                 self.stop()
                 return
             self._filled[producer] = first + columns
+            self._devices.add(key.device)
             self._keep(producer, first, key[:, :, :columns].detach(), value[:, :, :columns].detach())
 
     def after(self) -> None:
         """Ends a forward; when the prompt is complete, its pages are submitted."""
         if not self.active or self.facts is None:
             return
+        for device in self._devices:
+            if device.type == "cuda":
+                # kernels have been launched, which is not the time that they take
+                torch.cuda.synchronize(device)
         self._spent += time.perf_counter() - self._began
         seen = min(self._filled.values(), default=0)
         self._computed += seen - self._seen
