@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-import hf_kvcache.models  # noqa: F401 - registers our own models
 from hf_kvcache.eviction import Observation, Reading
 from hf_kvcache.patches.adapters import ADAPTERS
 
@@ -83,6 +82,8 @@ def tiny_model(family: str, seed: int = 0, **config_overrides: Any) -> PreTraine
     Example:
         >>> tiny_model("gemma2", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
     """
+    import hf_kvcache.models  # noqa: F401 - registers our own models
+
     config = AutoConfig.for_model(family, **{**_SIZES, **_OF_FAMILY.get(family, {}), **config_overrides})
     # before 5.15 transformers gives gemma2 an attention that leaves out its soft cap
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None

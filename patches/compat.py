@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers import DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_kvcache.spec import STATE
+
+# releases that other libraries are compared under have no such layer, and can import us all the same
+LINEAR = getattr(cache_utils, "LinearAttentionLayer", None)
 
 
 def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
@@ -20,7 +23,7 @@ def sliding_windows(model: nn.Module) -> tuple[int | None, ...]:
             windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer:
             windows.append(layer.sliding_window)
-        elif type(layer) is LinearAttentionLayer:
+        elif type(layer) is LINEAR:
             windows.append(STATE)
         else:
             raise NotImplementedError(

@@ -1,9 +1,9 @@
 """Range coding (rANS) of many small integers in numpy: a few coders a column, all of them side by side.
 
-Symbols are coded `LANES` rows at a time. Every column has a state for each of these, the states share one stream of
-16-bit words, and every row is coded under one of several tables of frequencies. Duda's asymmetric numeral systems
-(arXiv 1311.2540), interleaved as in Giesen (arXiv 1402.3392). Integers throughout, so what one machine wrote another
-one reads.
+Symbols are coded some rows at a time. Every column has a state for each of these, the states share one stream of 16-bit
+words, and every row is coded under one of several tables of frequencies. Duda's asymmetric numeral systems (arXiv
+1311.2540), interleaved as in Giesen (arXiv 1402.3392). Integers throughout, so what one machine wrote another one
+reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOTAL = 1 << PRECISION
 # states stay in [LOWEST, LOWEST << 16)
 LOWEST = 1 << 16
 # rows that are coded at once: more make short work of numpy's overhead, and take four bytes each a column
-LANES = 8
+MOST_LANES, ROWS_A_LANE = 8, 384
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,19 @@ class Tables:
         return cls(frequencies, ends - frequencies, symbols.astype(np.uint8))
 
 
+def lanes(rows: int) -> int:
+    """How many rows are coded at once."""
+    return min(max(rows // ROWS_A_LANE, 1), MOST_LANES)
+
+
 def encode(symbols: np.ndarray, choices: np.ndarray, tables: Tables) -> tuple[bytes, bytes]:
     """(states, words) of symbols `[R, n]`, each row under the table of `choices` `[R]`."""
-    columns, width = symbols.shape[1], tables.frequencies.shape[1]
-    states = np.full(LANES * columns, LOWEST, dtype=np.int64)
+    columns, width, count = symbols.shape[1], tables.frequencies.shape[1], lanes(len(symbols))
+    states = np.full(count * columns, LOWEST, dtype=np.int64)
     words = []
-    for first in reversed(range(0, len(symbols), LANES)):
-        index = (symbols[first : first + LANES] + width * choices[first : first + LANES, None].astype(np.int64)).ravel()
+    for first in reversed(range(0, len(symbols), count)):
+        own = slice(first, first + count)
+        index = (symbols[own] + width * choices[own, None].astype(np.int64)).ravel()
         frequency = tables.frequencies.take(index)
         state = states[: len(index)]
         over = np.flatnonzero(state >= frequency << (32 - PRECISION))
@@ -75,8 +81,9 @@ def decode(states: bytes, words: bytes, columns: int, choices: np.ndarray, table
     Raises:
         PageError: for bytes that are not a code of that many symbols.
     """
-    if len(states) != 4 * LANES * columns or len(words) % 2:
-        raise PageError(f"{columns} columns must have {4 * LANES * columns} bytes of states, got {len(states)}")
+    expected = 4 * lanes(len(choices)) * columns
+    if len(states) != expected or len(words) % 2:
+        raise PageError(f"{columns} columns must have {expected} bytes of states, got {len(states)}")
     whole = np.frombuffer(states, "<u4").astype(np.int64)
     stream = np.frombuffer(words, "<u2").astype(np.int64)
     width = tables.frequencies.shape[1]

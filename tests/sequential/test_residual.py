@@ -80,7 +80,7 @@ def through_file(page, codec, context=CONTEXT):
 
 
 @pytest.mark.parametrize("high", [0, 1, 2, 7, 127, 100000])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (300, 64), (513, 5)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (300, 64), (513, 5), (2047, 3), (4001, 2)])
 def test_codes_come_back(high, shape):
     choose = np.random.default_rng(0)
     codes = choose.integers(-high, high + 1, shape).astype(np.int32)
