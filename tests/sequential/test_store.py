@@ -443,7 +443,8 @@ def test_urls_and_options_are_checked(tmp_path):
 def test_a_missing_driver_is_named(url, module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     # what fsspec has opened before, it does not import again
-    monkeypatch.setattr("fsspec.registry._registry", {})
+    if "fsspec.registry" in sys.modules:
+        monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
     with pytest.raises(ModuleNotFoundError, match=package):
         PrefixStore(url)
 
