@@ -92,11 +92,6 @@ class Layout:
         """The run of every stored entry, `[N]`, on the CPU."""
         return self.owners_on(CPU)
 
-    @property
-    def order(self) -> Tensor:
-        """For every stored entry its place when the runs lie one after the other, `[N]`, on the CPU."""
-        return self.order_on(CPU)
-
     def owners_on(self, device: torch.device) -> Tensor:
         """`owners` on a device."""
         run = torch.arange(self.rows * self.heads, device=device)
@@ -117,7 +112,7 @@ class Layout:
         )
 
     def order_on(self, device: torch.device) -> Tensor:
-        """`order` on a device."""
+        """For every stored entry its place when the runs lie one after the other, `[N]`."""
         if self.uniform:
             return torch.arange(self.entries, device=device)
         runs = self.runs.to(device)

@@ -7,7 +7,6 @@ in float32: a bfloat16 model hides everything gentler than 4 bits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvcache.clock import now
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, SlidingLayer, StateLayer
 from hf_kvcache.report import storage_bytes
 
@@ -88,24 +88,17 @@ class Speed:
 @torch.no_grad()
 def speed(model: Any, ids: Tensor, steps: int) -> Speed:
     """Times one prefill of `ids` `[1, T]` and `steps` greedy decode steps after it."""
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    start = _now(devices)
+    devices = {parameter.device for parameter in model.parameters()}
+    start = now(devices)
     out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prefill = _now(devices) - start
+    prefill = now(devices) - start
     times = []
     for _ in range(steps):
         token = out.logits[:, -1:].argmax(-1)
-        start = _now(devices)
+        start = now(devices)
         out = model(input_ids=token, past_key_values=out.past_key_values, logits_to_keep=1)
-        times.append(_now(devices) - start)
+        times.append(now(devices) - start)
     return Speed(prefill, median(times))
-
-
-def _now(devices: Iterable[torch.device]) -> float:
-    """The time when CUDA devices have done what they were asked: a call returns before its kernels have run."""
-    for device in devices:
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def cache_bytes(cache: Any) -> int:

@@ -46,7 +46,9 @@ def ragged(lengths: list[list[int]]) -> tuple[Segment, list[list[tuple[torch.Ten
         for row, counts in enumerate(lengths)
     ]
     layout = Layout(tuple(tuple(row) for row in lengths))
-    key, value = (torch.cat([pair[i] for row in parts for pair in row])[layout.order] for i in (0, 1))
+    key, value = (
+        torch.cat([pair[i] for row in parts for pair in row])[layout.order_on(torch.device("cpu"))] for i in (0, 1)
+    )
     held = DeviceStore().put(DenseCodec().encode(key, value))
     rows = tuple(range(len(lengths)))
     return Segment(DenseCodec(), DeviceStore(), held, layout, rows, 0, TOKENS, key.device), parts

@@ -103,6 +103,27 @@ def made_by() -> dict[str, Any]:
     }
 
 
+def kl_against_ratio(axes: Any, ticks: Sequence[int], label: str) -> None:
+    """Finishes a picture of KL against how many times smaller something is, both logarithmic.
+
+    Args:
+        axes: of matplotlib, with all lines drawn.
+        ticks: of the ratio.
+        label: what the ratio is.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{tick}x" for tick in ticks])
+    axes.set_xlabel(label)
+    axes.set_ylabel("KL, nats a token (less is better)")
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(fontsize=8)
+
+
 def _write(name: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"

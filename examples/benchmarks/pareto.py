@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from committed_plans import committed_pairs, healed
-from common import RESULTS, add_results, read_results
+from common import RESULTS, add_results, kl_against_ratio, read_results
 from fidelity import Fidelity
 from peer_backends import missing
 
@@ -86,7 +86,6 @@ def add(family: str, setting: str, rows: list[dict[str, Any]]) -> None:
 def plot() -> None:
     """Draws the CSV: one line a family, both axes logarithmic."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
 
     rows = read_results("pareto")
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -109,17 +108,10 @@ def plot() -> None:
                 axes.annotate(
                     setting, (1 / share, kl), xytext=(5, 12 * (place % 2) - 8), textcoords="offset points", fontsize=8
                 )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = [1, 2, 4, 8, 16, 32, 64]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick}x" for tick in ticks])
-    axes.set_xlabel("KV bytes: how many times less than float32 (half of it against 16 bits)")
-    axes.set_ylabel("KL, nats a token (less is better)")
+    kl_against_ratio(
+        axes, [1, 2, 4, 8, 16, 32, 64], "KV bytes: how many times less than float32 (half of it against 16 bits)"
+    )
     axes.set_title(TITLE, fontsize=10)
-    axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=8)
     figure.savefig(RESULTS / "pareto.png", dpi=110)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, read_results, windows, write_results
+from common import RESULTS, kl_against_ratio, read_results, windows, write_results
 from fidelity import PREFIX, SCORED, Fidelity, texts
 from torch import Tensor
 
@@ -195,7 +195,6 @@ def curve(rows: list[dict[str, Any]], prefix: str) -> list[tuple[float, float, s
 def plot(name: str) -> None:
     """Draws KL against how many times smaller than 16 bits, both logarithmic."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -206,16 +205,7 @@ def plot(name: str) -> None:
         for kl, ratio, setting in points:
             if " step " not in prefix:
                 axes.annotate(f"{setting} bits", (ratio, kl), xytext=(5, -9), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    ticks = [3, 4, 6, 8, 12, 16, 24]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{tick}x" for tick in ticks])
-    axes.set_xlabel("bytes on disk: how many times less than 16 bits a number")
-    axes.set_ylabel("KL, nats a token (less is better)")
-    axes.grid(which="major", alpha=0.3)
-    axes.legend(fontsize=8)
+    kl_against_ratio(axes, [3, 4, 6, 8, 12, 16, 24], "bytes on disk: how many times less than 16 bits a number")
     figure.savefig(RESULTS / f"{name}.png", dpi=110)
 
 

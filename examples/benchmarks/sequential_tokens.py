@@ -17,6 +17,7 @@ import torch
 from common import windows, write_results
 from fidelity import texts
 
+from hf_kvcache.models.shared import layer_bytes_per_token
 from hf_kvcache.real_models import REAL_MODELS
 from hf_kvcache.sequential import lm_coder
 from hf_kvcache.sequential.packing import pack_ids
@@ -38,8 +39,7 @@ def main() -> None:
     ended = time.perf_counter()
     width, _ = pack_ids(ids.reshape(-1).numpy())
     config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
+    numbers = config.num_hidden_layers * layer_bytes_per_token(config) // 2
     turboquant = 4.25 * numbers
     row = {
         "tokens": ids.numel(),

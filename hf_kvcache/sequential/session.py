@@ -16,7 +16,6 @@ can: rows that miss make it a cold run. Padding stands for nothing and is neithe
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_kvcache.clock import now
 from hf_kvcache.sequential.identity import Identity
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
 from hf_kvcache.sequential.store import Match, PrefixStore
@@ -145,7 +145,7 @@ class PromptSession:
             target = min([most, *(row.padding + self._known(row) for row in self.rows)])
             adopted = self._adopt(target, layers) if target > self._seen else 0
         self._seen += adopted
-        self._began = time.perf_counter()
+        self._began = now(self._devices)
         return adopted
 
     def take(self, producer: int, first: int, key: Tensor, value: Tensor) -> None:
@@ -167,11 +167,7 @@ class PromptSession:
         """Ends a forward; when the prompt is complete, its pages are submitted."""
         if not self.active or self.facts is None:
             return
-        for device in self._devices:
-            if device.type == "cuda":
-                # kernels have been launched, which is not the time that they take
-                torch.cuda.synchronize(device)
-        self._spent += time.perf_counter() - self._began
+        self._spent += now(self._devices) - self._began
         seen = min(self._filled.values(), default=0)
         self._computed += seen - self._seen
         self._seen = seen

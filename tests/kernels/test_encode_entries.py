@@ -193,7 +193,7 @@ def test_sealing_with_gaps_gathers_in_the_kernel(monkeypatch, center):
         again = Segment.seal(codec, DeviceStore(), key, value, keep, like=segment, start=60)
         assert len(again.positions()) == int(keep.sum())
     monkeypatch.setenv("HF_KVCACHE_BACKEND", "reference")
-    kept = keep.flatten().nonzero()[:, 0][segment.layout.order]
+    kept = keep.flatten().nonzero()[:, 0][segment.layout.order_on(CPU)]
     for place, exact in enumerate((key, value)):
         exact = exact.reshape(-1, 64)[kept]
         ours, theirs = (float((dense[backend][place] - exact).norm()) for backend in ("triton", "reference"))

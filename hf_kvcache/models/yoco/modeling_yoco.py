@@ -177,7 +177,8 @@ class YocoModel(YocoPreTrainedModel):
         batch, length = given.shape[:2]
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=given.device).unsqueeze(0)
-        early = 0 < positions_to_keep < length
+        # of the last positions, how many run through the cross-decoder
+        rows = positions_to_keep if 0 < positions_to_keep < length else length
         # now, since the cache takes the new tokens below
         mask = self._causal_mask(
             # what matters of it is its shape, dtype and device
@@ -185,10 +186,10 @@ class YocoModel(YocoPreTrainedModel):
             attention_mask,
             past_key_values,
             position_ids,
-            positions_to_keep if early else length,
+            rows,
         )
         found = []
-        for part in self._parts(length, positions_to_keep if early else length, attention_mask, past_key_values):
+        for part in self._parts(length, rows, attention_mask, past_key_values):
             hidden_states, rotary = self._self_decoder(
                 self.embed_tokens(given[:, part]) if inputs_embeds is None else given[:, part],
                 None if attention_mask is None else attention_mask[..., : seen + part.stop],
@@ -201,9 +202,9 @@ class YocoModel(YocoPreTrainedModel):
         below = self.config.num_self_decoder_layers
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, below)
-        if early:
-            hidden_states = hidden_states[:, -positions_to_keep:]
-            rotary = tuple(table[:, -positions_to_keep:] for table in rotary)
+        if rows < length:
+            hidden_states = hidden_states[:, -rows:]
+            rotary = tuple(table[:, -rows:] for table in rotary)
         for layer in self.layers[below:]:
             hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
