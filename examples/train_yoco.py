@@ -67,8 +67,9 @@ def convert_and_distill(options: argparse.Namespace) -> None:
     from hf_kvcache.calibration.texts import shipped_texts
     from hf_kvcache.cli import load_model
 
-    # weights in float32, whatever the checkpoint has: bfloat16 does not resolve the steps of an optimiser
     teacher, tokenizer = load_model(options.model)
+    # weights in float32, whatever the checkpoint has: bfloat16 does not resolve the steps of an optimiser
+    teacher = teacher.float()
     student = copy.deepcopy(teacher)
     convert(student, options.method, split=options.split, init=options.init, tokenizer=tokenizer)
     texts = [file.read_text(encoding="utf-8") for file in text_files(options.text)] if options.text else shipped_texts()

@@ -168,6 +168,7 @@ def tune(
     samples: Annotated[int, typer.Option(help="Windows to measure on; half as many again are held back.")] = 6,
     length: Annotated[int, typer.Option(help="Tokens of each context.")] = 1024,
     draws: Annotated[int, typer.Option(help="Samples of the gradient for each question.")] = 12,
+    sharing: Annotated[bool, typer.Option(help="Price layers that read their neighbours' KV, too.")] = True,
     device: Device = "cpu",
     dtype: DType = "float32",
 ) -> None:
@@ -184,6 +185,7 @@ def tune(
         samples=samples,
         length=length,
         draws=draws,
+        sharing=sharing,
         say=console.print,
     )
     table = Table("on held-back text", "times smaller", "KL of the continuation", "KL of a quotation")

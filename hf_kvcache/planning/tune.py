@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
+
+import torch
 
 from hf_kvcache.api import unpatched_fingerprint, warn_of_half_precision
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer
 from hf_kvcache.methods.planned import LARGEST, scorer_names, without_measuring
 from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning.costs import Costs, measure_costs
-from hf_kvcache.planning.solve import solve
+from hf_kvcache.planning.share import Pair, Sharing, solve_shared
 from hf_kvcache.planning.verify import Verified, references, verify
 from hf_kvcache.planning.windows import windows
 from hf_kvcache.progress import progress
@@ -56,6 +59,8 @@ class Tuner:
         samples: windows to measure on; half as many again are held back.
         length: tokens of each context.
         draws: samples of the gradient a question (see `planning.gradients`).
+        sharing: price layers that read their neighbours' keys and values, too.
+        say: gets a line of text now and then.
 
     Example:
         >>> tuner = Tuner(model, tokenizer, "my_texts.txt")
@@ -73,6 +78,7 @@ class Tuner:
         samples: int = 6,
         length: int = 1024,
         draws: int = 12,
+        sharing: bool = True,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         for name, count in (("samples", samples), ("length", length), ("draws", draws)):
@@ -88,6 +94,7 @@ class Tuner:
         found = windows(model, self.tokenizer, texts, samples + held, length, FOLLOWING)
         self.held = [window for index, window in enumerate(found) if index % HELD == 1][:held]
         self.measured = [window for window in found if all(window is not other for other in self.held)]
+        self._share = sharing
         self._costs: Costs | None = None
         self._references: Any = None
         self._settings = {"samples": samples, "held_back": held, "length": length, "draws": draws}
@@ -105,6 +112,31 @@ class Tuner:
             self.say(f"measured {self._costs.loss.numel()} choices in {time.perf_counter() - start:.0f} s")
         return self._costs
 
+    @cached_property
+    def sharing(self) -> Sharing:
+        """Fits and judges on the windows that are measured on: nothing that is held back is seen."""
+        ids = torch.cat([window.context for window in self.measured])
+        return Sharing(self.model, self.tokenizer, ids, self.costs.layers, len(self.measured[0].questions))
+
+    @cached_property
+    def pairs(self) -> list[Pair]:
+        """Layers that may share, the cheapest first; measured when it is first asked for."""
+        if not (self._share and self.sharing.possible):
+            return []
+        start = time.perf_counter()
+        try:
+            with progress("measuring what sharing costs", len(self.costs.layers) - 1) as step:
+                found = self.sharing.price(step)
+        except NotImplementedError as error:
+            self.say(f"no layer will share: {error}")
+            return []
+        low = found[0]
+        self.say(
+            f"priced {len(found)} pairs of layers in {time.perf_counter() - start:.0f} s; the cheapest, "
+            f"{low.consumer}<-{low.source}, costs {low.loss:.4f} nats a token"
+        )
+        return found
+
     def tune(self, target_ratio: float) -> Tuned:
         """The plan of least loss whose caches are `target_ratio` times smaller than in 16 bits.
 
@@ -113,7 +145,7 @@ class Tuner:
         """
         if isinstance(target_ratio, bool) or not isinstance(target_ratio, (int, float)) or not target_ratio > 1:
             raise ValueError(f"target_ratio is a number above 1, got {target_ratio!r}")
-        plan, expected, verified = self._reaching(float(target_ratio))
+        plan, expected, verified = self._best(float(target_ratio))
         layers = self.costs.num_layers
         uniform = self.unmeasured(target_ratio)
         text = {
@@ -124,16 +156,28 @@ class Tuner:
             "kl_expected": f"{expected:.4g}",
             "kl_unmeasured_plan": f"{uniform.continuation:.4g} and {uniform.quotation:.4g}",
             "layers_measured": f"{len(self.costs.layers)} of {layers}",
+            **({"cheapest_shared_pair": f"{self.pairs[0].loss:.4g}"} if self.pairs else {}),
             **{name: str(value) for name, value in self._settings.items()},
         }
         return Tuned(replace(plan, settings=text), expected, verified, uniform)
 
-    def _reaching(self, target: float) -> tuple[CachePlan, float, Verified]:
+    def _best(self, target: float) -> tuple[CachePlan, float, Verified]:
+        """The plan by the prices; where layers share in it, it has to prove better than the best in which none do."""
+        found = self._reaching(target, self.pairs)
+        if found[0].sharing is None:
+            return found
+        try:
+            other = self._reaching(target, ())
+        except ValueError:  # only a plan that shares is small enough
+            return found
+        return min(found, other, key=lambda plan: plan[2].loss)
+
+    def _reaching(self, target: float, pairs: Sequence[Pair]) -> tuple[CachePlan, float, Verified]:
         """A plan, the loss it is expected to cost, and what it costs and holds: what was asked, or it is said."""
         asked, reached = target, 0.0
         for _ in range(ATTEMPTS):
             try:
-                plan, expected = solve(self.costs, asked, self.fingerprint)
+                plan, expected = solve_shared(self.costs, pairs, asked, self.fingerprint)
             except ValueError as error:
                 if not reached:
                     raise
@@ -141,6 +185,7 @@ class Tuner:
                     f"target_ratio={target:g} is out of reach: a cache also holds what no plan shrinks, such as layers "
                     f"with a sliding window, and the smallest was {reached:.2f} times smaller; ask for less"
                 ) from error
+            plan = self.sharing.heal(plan)
             verified = self.verify(plan)
             self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
             if verified.ratio >= target * (1 - SLACK):

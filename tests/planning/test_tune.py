@@ -179,7 +179,7 @@ def tuner(monkeypatch):
     """One that has measured, of a model that holds something which no plan shrinks."""
     text = "".join(chr(33 + index % 89) for index in range(5000))
     tuner = Tuner(tiny_model("llama"), Letters(), [text], scorer="knorm", samples=2, length=256)
-    tuner._costs = random_costs()
+    tuner._costs, tuner.pairs = random_costs(), []
     monkeypatch.setattr(tuner, "unmeasured", lambda ratio: Verified(0.0, 0.0, 1.0))
     return tuner
 
