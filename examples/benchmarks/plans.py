@@ -45,6 +45,9 @@ def tuned(options: argparse.Namespace) -> None:
         tuner = Tuner(model, tokenizer, say=print, samples=options.windows, length=options.length, draws=options.draws)
         _ = tuner.costs  # measured when first asked for
         measuring = watch.read("measuring")
+        watch = Watch()
+        cheapest = min((pair.loss for pair in tuner.pairs), default=None)
+        measuring |= {"cheapest_shared_pair": cheapest, **watch.read("pricing_pairs")}
         for ratio in options.ratios:
             watch = Watch()
             made = tuner.tune(ratio)
@@ -110,7 +113,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=12, help="samples of the gradient a question")
     parser.add_argument("--ratios", nargs="+", type=int, default=RATIOS)
     parser.add_argument("--documents", nargs="+", default=DOCUMENTS)
-    parser.add_argument("--eviction", nargs="*", default=["kvzip"], help="single methods that keep 1/ratio")
+    parser.add_argument("--eviction", nargs="*", default=["kvzip", "snapkv"], help="single methods that keep 1/ratio")
     options = parser.parse_args()
     {"tune": tuned, "compare": compared}[options.part](options)
 

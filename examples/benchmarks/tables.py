@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from common import RESULTS
@@ -245,11 +246,11 @@ def pareto_figure() -> str:
     return "![KL against bytes, by method](examples/benchmarks/results/pareto.png)" if drawn else ""
 
 
-def plans_table() -> str:
+def plans_table(model: str) -> str:
     """Measured plans beside single methods of all libraries, by the ratio asked for: means over the documents."""
     found: dict[tuple[int, str, str], list[dict[str, str]]] = {}
     for row in rows("plans"):
-        if not row["error"]:
+        if row["model"] == model and not row["error"]:
             options = json.loads(re.sub(r"^[^{]*", "", row["method"]) or "{}")
             method = row["method"].split("{")[0]
             if method == "planned":
@@ -290,19 +291,24 @@ def _smaller(row: dict[str, str]) -> float:
     return max(float(row["times_smaller_than_16_bit"]), float(row["times_smaller_after_steps"]))
 
 
+MODELS = {"smollm2": "SmolLM2-135M", "qwen-coder": "Qwen2.5-Coder-0.5B"}
+TUNING = ("measuring", "pricing_pairs", "verifying")
+
+
 def tuning_table() -> str:
     """What making the plans took, and what they lose on the windows held back."""
     lines = [
         [
+            MODELS[row["model"]],
             row["ratio"],
             f"{float(row['times_smaller_than_16_bit']):.2f}",
             f"{float(row['kl_continuation']):.4f}",
             f"{float(row['kl_quotation']):.4f}",
-            f"{float(row['measuring_processor_seconds']):.0f} + {float(row['verifying_processor_seconds']):.0f} s",
+            " + ".join(f"{float(row[f'{part}_processor_seconds']):.0f}" for part in TUNING) + " s",
         ]
         for row in rows("plans_tuning")
     ]
-    header = ["asked", "times smaller", "KL", "KL of a quotation", "processor time"]
+    header = ["model", "asked", "times smaller", "KL", "KL of a quotation", "processor time"]
     return markdown(header, lines)
 
 
@@ -320,7 +326,8 @@ TABLES = {
     "yoco_from_scratch": yoco_scratch_table,
     "yoco_conversion": yoco_conversion_table,
     "restore": restore_table,
-    "plans": plans_table,
+    "plans": partial(plans_table, "smollm2"),
+    "plans_qwen": partial(plans_table, "qwen-coder"),
     "tuning": tuning_table,
 }
 
