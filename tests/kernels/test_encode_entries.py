@@ -85,7 +85,7 @@ def check(found, x, owners, mean, turned, books):
         assert torch.equal(ours[1], torch.where(half.isfinite(), half, ours[1]))
 
 
-@pytest.mark.parametrize("dtype,bits,dim,entries", combinations(), ids=str)
+@pytest.mark.parametrize("dtype,bits,dim,entries", list(combinations()), ids=str)
 def test_codes_of_entries(no_reference, monkeypatch, dtype, bits, dim, entries):
     x = keys(entries, dim, dtype=dtype), draw(entries, dim, seed=1, dtype=dtype)
     owners = torch.arange(entries) % 3
