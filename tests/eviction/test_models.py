@@ -1,0 +1,71 @@
+"""On tiny models a padded row keeps what it keeps alone, and bytes follow the budget, while decoding too."""
+
+import pytest
+import torch
+
+from hf_kvcache import new_cache, patch_model
+from hf_kvcache.testing import left_pad, live_bytes, random_ids, tiny_model
+from tests.eviction.triples import DECODING, TRIPLES, methods_of
+
+
+@torch.no_grad()
+def prefilled(model, ids, **kwargs):
+    cache = new_cache(model)
+    model(ids, past_key_values=cache, **kwargs)
+    return cache
+
+
+def held(cache, row: int, length: int):
+    """For every layer and head the places of the tokens kept, counted from the end of the prompt, and their keys."""
+    for layer in cache.layers:
+        segment = layer.segments[0]
+        stored = segment.rows[row]
+        positions, runs = segment.positions(), segment.layout.owners
+        for head, (key, _) in enumerate(segment.dense()[stored]):
+            run = stored * segment.layout.heads + head
+            yield sorted((positions[runs == run] - length).tolist()), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("triple", TRIPLES, ids="+".join)
+def test_a_row_alone_is_the_row_in_a_padded_batch(triple, family):
+    sliding = {"layer_types": ["full_attention"] * 4} if family == "gemma3_text" else {}
+    model = patch_model(tiny_model(family, **sliding), methods_of(triple, budget=18))
+    rows = [random_ids(length=length, seed=length)[0] for length in (40, 27, 16)]
+    ids, mask = left_pad(rows)
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    together = prefilled(model, ids, attention_mask=mask, position_ids=position_ids)
+    for row, own in enumerate(rows):
+        alone = prefilled(model, own[None])
+        for (places, key), (expected, expected_key) in zip(
+            held(together, row, 40), held(alone, 0, len(own)), strict=True
+        ):
+            assert places == expected and min(places) >= -len(own)
+            torch.testing.assert_close(key, expected_key, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("triple", TRIPLES, ids="+".join)
+def test_bytes_fall_with_the_budget(triple):
+    model = patch_model(tiny_model("llama"), methods_of(triple, budget=0.25))
+    ids = random_ids(length=160)
+    full = live_bytes(prefilled(patch_model(tiny_model("llama")), ids).layers)
+    # an entry of these tiny heads costs 64 bytes and 4 for its place
+    assert live_bytes(prefilled(model, ids).layers) <= 0.25 * full * 68 / 64 + 4096
+
+
+@pytest.mark.parametrize("scorer", DECODING)
+@pytest.mark.parametrize(
+    "others", [("uniform", "top-k"), ("adakv", "criticalkv"), ("pyramidkv", "top-k")], ids="+".join
+)
+def test_memory_is_bounded_while_decoding(scorer, others):
+    budget, every = 20, 8
+    model = patch_model(tiny_model("llama"), methods_of((scorer, *others), budget=budget, every=every))
+    cache = prefilled(model, random_ids(batch=2, length=30))
+    for step in range(60):
+        with torch.no_grad():
+            model(torch.full((2, 1), 3 + step % 7), past_key_values=cache)
+        entries = [torch.tensor(layer.segments[0].lengths).sum(-1) + layer.tail.length * 2 for layer in cache.layers]
+        assert bool((torch.stack(entries).sum(0) <= (budget + every) * 2 * 4).all())
+        assert all(len(layer.segments) == 1 and layer.tail.length < every for layer in cache.layers)
+    assert cache.get_seq_length() == 90
+    assert all(q.shape[2] <= 90 for layer in cache.layers for q in layer.evictor.queries.values())

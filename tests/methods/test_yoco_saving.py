@@ -1,0 +1,106 @@
+"""A plan of yoco is saved, loaded, trained and resumed as a part of the model, and refused where it does not fit."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import hf_kvcache.models  # noqa: F401 - registers the class of saved models
+from hf_kvcache import Yoco, patch_model
+from hf_kvcache.testing import greedy, random_ids
+from tests.forward import logits
+from tests.methods.yoco import patched, residual_names, shake
+
+
+def same(model, other):
+    ids = random_ids(batch=2, length=14)
+    assert torch.equal(logits(other.eval(), ids), logits(model.eval(), ids))
+    assert torch.equal(greedy(other, ids), greedy(model, ids))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("method", ["yoco", "yoco++"])
+def test_saved_and_loaded_with_the_model(family, method, tmp_path):
+    model = shake(patched(family, method))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    same(model, loaded)
+    patch_model(loaded, "turboquant")
+    assert residual_names(loaded) == residual_names(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"variant": "some"}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_from_a_subfolder(options, tmp_path):
+    model = shake(patched())
+    model.save_pretrained(tmp_path / "below", **options)
+    assert (len(list((tmp_path / "below").glob("*.safetensors"))) > 1) == ("max_shard_size" in options)
+    asked = {name: value for name, value in options.items() if name == "variant"}
+    same(model, AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="below", **asked))
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=str)
+def test_loaded_by_the_name_of_a_repository(options, tmp_path):
+    model, commit = shake(patched()), "0" * 40
+    repository = tmp_path / "models--somebody--some-model"
+    model.save_pretrained(repository / "snapshots" / commit, **options)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    place = {"cache_dir": str(tmp_path), "local_files_only": True}
+    same(model, AutoModelForCausalLM.from_pretrained("somebody/some-model", **place))
+
+
+def test_trained_resumed_and_loaded(tmp_path):
+    texts = [dict.fromkeys(("input_ids", "labels"), random_ids(length=12, seed=index)[0]) for index in range(8)]
+
+    def trainer(model, steps):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=steps, per_device_train_batch_size=2, save_steps=2, report_to=[], use_cpu=True
+        )
+        return Trainer(model, arguments, train_dataset=texts)
+
+    whole = patched()
+    start = {name: weight.clone() for name, weight in whole.state_dict().items()}
+    trainer(whole, 4).train()
+    assert all(not torch.equal(whole.state_dict()[name], start[name]) for name in residual_names(whole))
+    resumed = patched()
+    trainer(resumed, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, weight in resumed.state_dict().items():
+        torch.testing.assert_close(weight, whole.state_dict()[name])
+    same(whole, AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4"))
+
+
+PLAIN = """
+import sys
+sys.modules["hf_kvcache"] = None  # an import of it fails, also where it is installed
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained("model")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_plain_transformers_says_what_is_missing(tmp_path):
+    patched().save_pretrained(tmp_path / "model")
+    result = subprocess.run([sys.executable, "-I", "-c", PLAIN], capture_output=True, text=True, cwd=tmp_path)
+    assert "model type `needs_hf_kvcache`" in result.stdout, result.stderr
+
+
+def test_weights_of_another_plan_are_refused(tmp_path):
+    import json
+
+    patched().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["hf_kvcache"]["residual"] = None
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="residual weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_trained_plan_is_not_saved_alone(tmp_path):
+    with pytest.raises(ValueError, match="save_pretrained"):
+        Yoco().plan((None,) * 4).save(tmp_path / "plan.safetensors")
