@@ -14,18 +14,10 @@ from hf_kvcache.bench import Setting, parse_setting, run_bench, write_csv, write
 from hf_kvcache.bench.page import pareto
 from hf_kvcache.bench.record import read_records
 from hf_kvcache.testing import VOCABULARY, model_state, tiny_model
+from tests.letters import Letters
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 TEXT = "".join(chr(33 + (index * index + 3 * index) % 90) for index in range(9000))
-
-
-class Letters:
-    """One token a character."""
-
-    eos_token_id = None
-
-    def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [ord(letter) % 96 + 1 for letter in text]}
 
 
 SETTINGS = [

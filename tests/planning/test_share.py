@@ -8,7 +8,8 @@ from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning import Pair, Tuner, Verified, fold, solve, solve_shared
 from hf_kvcache.sharing import SharingPlan
 from hf_kvcache.testing import tiny_model
-from tests.planning.test_tune import Letters, random_costs
+from tests.letters import Letters
+from tests.planning.made_up import random_costs
 
 TEXT = "".join(chr(33 + (index * index + 3 * index) % 90) for index in range(9000))
 PAIRS = [Pair(3, 2, 0.001), Pair(2, 1, 0.002), Pair(1, 0, 50.0)]

@@ -8,23 +8,13 @@ import torch
 
 from hf_kvcache import new_cache, patch_model, unpatch_model
 from hf_kvcache.patches.adapters import find_adapter
-from hf_kvcache.planning import Costs, Tuner, Verified, measure_costs, solve
+from hf_kvcache.planning import Tuner, Verified, measure_costs, solve
 from hf_kvcache.planning.gradients import output_gradients, output_projections
 from hf_kvcache.planning.solve import sizes
 from hf_kvcache.planning.windows import Question, Window, windows
-from hf_kvcache.testing import FAMILIES, random_ids, tiny_model
-
-
-class Letters:
-    """One token a character."""
-
-    def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [ord(letter) % 96 + 1 for letter in text]}
-
-
-def window(context: int = 64, seed: int = 0) -> Window:
-    ids = random_ids(1, context + 40, seed)
-    return Window(ids[:, :context], (Question(ids[:, context:], 0), Question(ids[:, 10:40], 5)))
+from hf_kvcache.testing import FAMILIES, tiny_model
+from tests.letters import Letters
+from tests.planning.made_up import random_costs, window
 
 
 @torch.no_grad()
@@ -103,14 +93,6 @@ def test_every_family_can_be_measured(family):
     costs = measure_costs(model, Letters(), [window()], "knorm", draws=1, kept=(1.0, 0.5), widths=widths)
     assert len(costs.layers) == costs.loss.shape[0] and bool(costs.loss.isfinite().all())
     assert bool((costs.loss[:, 0, 1] > 0).any())
-
-
-def random_costs(layers: int = 2, heads: int = 2, seed: int = 0) -> Costs:
-    generator = torch.Generator().manual_seed(seed)
-    kept, widths = (1.0, 0.6, 0.3), ((8, 8), (4, 4))
-    loss = torch.rand(layers, 2, 3, heads, generator=generator).cumsum(2).cumsum(1)
-    entry = torch.tensor([[132.0, 68.0]]).expand(layers, 2)
-    return Costs(kept, widths, loss, entry, torch.full((layers,), 256.0), tuple(range(layers)), "knorm", layers)
 
 
 @pytest.mark.parametrize("seed", range(4))
