@@ -5,7 +5,8 @@ A layer stands in the place of key and value: `update` returns the layer itself,
 """
 
 from hf_kvcache.layers.consumer import ConsumerLayer
-from hf_kvcache.layers.full import KVCacheLayer, LayerSettings
+from hf_kvcache.layers.full import KVCacheLayer
+from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.layers.sliding import SlidingLayer
 from hf_kvcache.layers.state import StateLayer
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hf_kvcache.attention import AttentionCall
 from hf_kvcache.eviction import Observation, Reading, Rotation
+from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.segment import Segment
-
-if TYPE_CHECKING:
-    from hf_kvcache.layers.full import LayerSettings
 
 
 class Evictor:

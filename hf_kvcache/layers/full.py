@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_kvcache.attention import AttentionCall
-from hf_kvcache.codecs import Codec
-from hf_kvcache.eviction import EvictionPolicy, Observation
+from hf_kvcache.eviction import Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.fixed import FixedTail
 from hf_kvcache.layers.replay import Replay
+from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.segment import Segment
-from hf_kvcache.stores import Store
 from hf_kvcache.tail import Tail
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """What a producer is made of.
-
-    Args:
-        codec: how sealed entries are stored.
-        store: where they are stored.
-        last_reader: the last layer that reads this layer's KV, itself included.
-        policy: which tokens are kept; None to keep all.
-        place: this layer's place among those that evict.
-        readers: for every layer that evicts, the layers that read its KV.
-        output: the attribute of an attention module that projects its heads to the residual stream.
-    """
-
-    codec: Codec
-    store: Store
-    last_reader: int
-    policy: EvictionPolicy | None = None
-    place: int = 0
-    readers: tuple[tuple[int, ...], ...] = ((0,),)
-    output: str = "o_proj"
-
-    def __deepcopy__(self, memo) -> LayerSettings:
-        return self
 
 
 class KVCacheLayer(OwnLayer):

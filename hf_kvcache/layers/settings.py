@@ -1,0 +1,35 @@
+"""`LayerSettings`: what a producer with full attention is made of, which its layer and its evictor both read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_kvcache.codecs import Codec
+from hf_kvcache.eviction import EvictionPolicy
+from hf_kvcache.stores import Store
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What a producer is made of.
+
+    Args:
+        codec: how sealed entries are stored.
+        store: where they are stored.
+        last_reader: the last layer that reads this layer's KV, itself included.
+        policy: which tokens are kept; None to keep all.
+        place: this layer's place among those that evict.
+        readers: for every layer that evicts, the layers that read its KV.
+        output: the attribute of an attention module that projects its heads to the residual stream.
+    """
+
+    codec: Codec
+    store: Store
+    last_reader: int
+    policy: EvictionPolicy | None = None
+    place: int = 0
+    readers: tuple[tuple[int, ...], ...] = ((0,),)
+    output: str = "o_proj"
+
+    def __deepcopy__(self, memo) -> LayerSettings:
+        return self
