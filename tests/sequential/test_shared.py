@@ -11,12 +11,15 @@ import subprocess
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from hf_kvcache import patch_model
+from hf_kvcache.sequential.identity import common_prefix, page_key
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import (
     CODECS,
@@ -150,6 +153,103 @@ def test_limits_pins_and_exports(place, tmp_path):
     store.pin("chat", None)
     store.gc(limit_bytes=1)
     assert list(store.entries()) == []
+
+
+@pytest.fixture
+def asked(place, monkeypatch):
+    """Counts what a store asks its place in a call; listing a folder counts as much as is in it."""
+
+    def count(store, call):
+        backend, found = store.backend, []
+        if place[0].startswith("redis"):
+            before = backend._client.info("stats")["total_commands_processed"]
+            call()
+            # commands, each of those that go together; `info` itself is one
+            return backend._client.info("stats")["total_commands_processed"] - before - 1
+        with monkeypatch.context() as patch:
+            for name in ("ls", "find", "info", "cat_file"):
+                patch.setattr(backend.files, name, partial(noted, name, getattr(backend.files, name), found))
+            call()
+        return sum(found)
+
+    def noted(name, original, found, *args, **kwargs):
+        result = original(*args, **kwargs)
+        found.append(len(result) if name in ("ls", "find") else 1)
+        return result
+
+    return count
+
+
+def beside(store, parent, pages):
+    """Stores pages behind a parent."""
+    for page in pages:
+        store.put(page, parent, CODECS["lossless"], CONTEXT)
+
+
+def alike(page, count, common, seed=1):
+    """Pages that begin with the same tokens as another one and then part."""
+    return [
+        replace(other, ids=np.concatenate([page.ids[:common], other.ids[common:]]))
+        for other in (random_page(1000 * seed + index, start=page.start) for index in range(count))
+    ]
+
+
+def test_a_look_up_costs_the_same_whatever_is_beside(place, asked):
+    """A prompt that shares two pages and a part of a third, and one that shares a part of the first."""
+    store, pages = opened(place), chain(3)
+    parents = [IDENTITY.root, *put_chain(store, pages)]
+    ids = ids_of(pages)[:21]
+    calls = (lambda: store.match(IDENTITY, ids), lambda: store.match(IDENTITY, ids[:5]))
+    expected = [match.length for match in store.match(IDENTITY, ids)]
+    alone = [asked(store, call) for call in calls]
+    # the server that stands in for S3 is slow
+    count = 10 if place[0].startswith("s3") else 199
+    for parent, page in zip(parents, pages, strict=False):
+        beside(store, parent, alike(page, count, common=2))
+    assert [match.length for match in store.match(IDENTITY, ids)] == expected == [8, 8, 5]
+    assert [asked(store, call) for call in calls] == alone
+    # two pages, a step or two down the branches, and the page found
+    assert max(alone) <= 5
+
+
+def test_the_longest_match_is_found_among_many(place):
+    """Tokens of an alphabet of two, so that pages part everywhere."""
+    store, choose = opened(place), np.random.default_rng(0)
+    texts = np.unique(choose.integers(1, 3, (15 if place[0].startswith("s3") else 150, 8)).astype(np.uint32), axis=0)
+    beside(store, IDENTITY.root, [replace(random_page(), ids=ids) for ids in choose.permutation(texts)])
+    for query in choose.integers(1, 3, (20, 8)).astype(np.uint32):
+        query[7] = 3
+        best = max(common_prefix(ids, query) for ids in texts)
+        assert best and [match.length for match in store.match(IDENTITY, query)] == [best]
+
+
+def test_pages_that_are_gone_hide_no_others_for_long(place):
+    store, page = opened(place), random_page()
+    pages = [page, *(alike(page, 1, common, seed=common)[0] for common in (6, 4, 2))]
+    beside(store, IDENTITY.root, pages)
+    assert [match.length for match in store.match(IDENTITY, page.ids[:7])] == [7]
+    for gone, left in zip(pages[:3], (6, 4, 2), strict=True):
+        store.backend.delete(page_key(IDENTITY.root, gone.ids), IDENTITY.root)
+        # what is gone is not found
+        assert sum(match.length for match in store.match(IDENTITY, page.ids[:7])) <= left
+        store.gc()
+        assert [match.length for match in store.match(IDENTITY, page.ids[:7])] == [left]
+
+
+def test_an_index_that_is_lost_is_made_again(place):
+    store, page = opened(place), random_page()
+    pages = alike(page, 6, common=3)
+    beside(store, IDENTITY.root, pages)
+    if place[0].startswith("redis"):
+        store.backend._client.delete(f"hf_kvcache:after:{IDENTITY.root}")
+    else:
+        store.backend.files.rm(f"{store.backend.folder}/branches", recursive=True)
+    query = pages[4].ids[:6]
+    assert store.match(IDENTITY, query) == [] and len(store.match(IDENTITY, pages[4].ids)) == 1
+    store.gc()
+    found = store.match(IDENTITY, query)
+    assert [(match.key, match.length) for match in found] == [(page_key(IDENTITY.root, pages[4].ids), 6)]
+    assert len(list(store.entries())) == 6 and store.verify() == (6, [])
 
 
 def test_a_model_reads_what_another_stored(place):

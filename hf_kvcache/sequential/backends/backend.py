@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +49,13 @@ class Entry:
         return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
 
 
+def blob_of_ids(ids: np.ndarray) -> bytes:
+    """Token ids as an index keeps them."""
+    return np.asarray(ids, dtype="<u4").tobytes()
+
+
 def ids_of_blob(data: Any) -> np.ndarray | None:
-    """Token ids as an index keeps them; None for anything else, since an index can be damaged."""
+    """What `blob_of_ids` was given; None for anything else, since an index can be damaged."""
     if not isinstance(data, bytes) or not data or len(data) % 4:
         return None
     return np.frombuffer(data, dtype="<u4")
@@ -78,8 +83,12 @@ class Backend(Protocol):
 
     def contains(self, key: str, parent: str) -> bool: ...
 
-    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
-        """Keys of pages behind `parent` that begin with the token `head`, and their ids where that costs nothing."""
+    def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
+        """Ids of pages behind `parent`, one that shares most tokens with `ids` among them.
+
+        Asks a server as often for thousands of such pages as for one. An index may be behind, so what it names need not
+        be there any more.
+        """
         ...
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
@@ -109,6 +118,10 @@ class Backend(Protocol):
     def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes what interrupted writes left behind; returns the bytes, and keys of whole pages that are not among
         the entries because this reader cannot read them."""
+        ...
+
+    def reindex(self, entries: Sequence[Entry]) -> None:
+        """Makes `nearest` find these pages, which are all that this reader knows of, and none that are gone."""
         ...
 
     def close(self) -> None: ...
