@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,6 +104,8 @@ class PrefixStore:
         self.backend: Backend = open_backend(self.url, secret, self.options)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
+        # of a store that nobody closes; at exit the system does, after all that waits has been written
+        weakref.finalize(self, self.backend.close).atexit = False
 
     @property
     def tenant(self) -> str:
@@ -196,7 +199,7 @@ class PrefixStore:
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes what waits and lets go of the place."""
+        """Writes what waits and lets go of the place. Whoever uses the store later opens it again."""
         self._writer.close()
         self.backend.close()
 
