@@ -28,7 +28,8 @@ class Sequential(Method):
     compositions, and with a codec that loses nothing a hit gives the tokens of a cold run.
 
     Args:
-        store: a folder, a URL of fsspec or Redis, or a `PrefixStore`, which has more options.
+        store: a folder or a URL of fsspec or Redis, opened here and closed when the model is unpatched or patched anew;
+            or a `PrefixStore`, which has more options and is closed by who made it.
         codec: `"lossless"`; `"residual"`, which is lossy and small; `"tokens"`, which stores no keys and values at all;
             `"auto"`, for every page the one that brings it back soonest (`sequential.auto`); or a page codec of your
             own.
@@ -73,4 +74,4 @@ class Sequential(Method):
                 name: getattr(self, name) for name in ("quality", "basis", "bandwidth", "prefill_rate")
             }
             codec = make_codec(codec, page_size=store.page_size, fingerprint=spec.fingerprint, **options)
-        return spec.fill("prefix", StoreSource(store, codec), by=self.name)
+        return spec.fill("prefix", StoreSource(store, codec, owned=store is not self.store), by=self.name)
