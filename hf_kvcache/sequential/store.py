@@ -188,9 +188,15 @@ class PrefixStore:
                 stored = True
         return key if stored else None
 
-    def submit(self, task: Callable[[], None], size: int) -> None:
-        """Runs a task that writes pages of `size` bytes in the background, in order; drops it when too many wait."""
-        if not self._writer.submit(task, size):
+    def submit(self, task: Callable[[], None], size: int, ahead: Callable[[], None] | None = None) -> None:
+        """Runs a task that writes pages of `size` bytes in the background, in order; drops it when too many wait.
+
+        Args:
+            task: to run.
+            size: bytes that it holds.
+            ahead: called at once when the task has to wait.
+        """
+        if not self._writer.submit(task, size, ahead):
             self.counts.dropped_pages += 1
             self._say("slow", "pages come faster than they can be written; some are not stored")
 

@@ -10,7 +10,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 
-# bytes of keys and values that may wait to be written
+# bytes of keys and values that may wait to be written, in the memory of the host; what comes beyond is dropped and not
+# waited for, since a page that is not stored costs a prefill some time, and a run that waits for a disk costs it now
 MOST_WAITING = 2 << 30
 # seconds after which who waits looks whether the thread still runs
 PATIENCE = 1.0
@@ -33,24 +34,40 @@ class Writer:
         self._reset()
         WRITERS.add(self)
 
-    def submit(self, task: Callable[[], None], size: int) -> bool:
-        """Takes a task that holds `size` bytes; False when too many bytes wait already."""
+    def submit(self, task: Callable[[], None], size: int, ahead: Callable[[], None] | None = None) -> bool:
+        """Takes a task that holds `size` bytes; False when too many bytes wait already.
+
+        Args:
+            task: to run.
+            size: bytes.
+            ahead: what to do at once where others are before the task. One that comes first begins right away, and
+                does it in the background.
+        """
         if self._process != os.getpid():
             # threads do not survive a fork
             self._reset()
         with self._changed:
             if self._waiting and self._waiting + size > self.most_waiting:
                 return False
+            first = not self._accepted
             self._waiting += size
-            self._tasks.append((task, size))
-            self._start()
+            self._accepted += 1
+        try:
+            if not first and ahead is not None:
+                # where it fails, the task tries again, and what that raises is said
+                with contextlib.suppress(Exception):
+                    ahead()
+        finally:
+            with self._changed:
+                self._tasks.append((task, size))
+                self._start()
         return True
 
     def flush(self) -> None:
         """Waits for all tasks."""
         if self._process == os.getpid():
             with self._changed:
-                while self._tasks:
+                while self._accepted:
                     self._start()
                     self._changed.wait(PATIENCE)
 
@@ -63,10 +80,11 @@ class Writer:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        # the first one is running; it goes when it has run
         self._tasks: deque[tuple[Callable[[], None], int]] = deque()
         self._thread: threading.Thread | None = None
-        self._waiting, self._process = 0, os.getpid()
+        # tasks and bytes from when they are accepted until they have run
+        self._accepted = self._waiting = 0
+        self._process = os.getpid()
 
     def _start(self) -> None:
         """Sees to it that the thread runs; whoever waits for one that has died waits for ever."""
@@ -92,6 +110,7 @@ class Writer:
             del task
             with self._changed:
                 self._tasks.popleft()
+                self._accepted -= 1
                 self._waiting -= size
                 self._changed.notify_all()
 

@@ -51,6 +51,7 @@ def test_a_writer_that_has_ended_is_started_again(store):
         # as if something had ended the thread before its task
         store._writer._thread = threading.Thread()
         store._writer._tasks.append((lambda: done.append(2), 0))
+        store._writer._accepted += 1
         assert_ends(wait)
     assert_ends(store.flush)
     assert done == [1, 2, 2]
