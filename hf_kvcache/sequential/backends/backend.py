@@ -132,7 +132,7 @@ def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] |
 
     Raises:
         ModuleNotFoundError: when the driver for a URL is not installed; the text names the package.
-        ValueError: for a URL that no driver knows.
+        ValueError: for a URL that no driver knows, or options that its driver does not take.
     """
     text, options = str(url), options or {}
     scheme = text.partition("://")[0] if "://" in text else ""
@@ -146,4 +146,9 @@ def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] |
         return FileSystem(text, secret, options)
     from hf_kvcache.sequential.backends.directory import Directory
 
+    if set(options) - {"durable"}:
+        raise ValueError(
+            f"a store in a folder takes the option durable, got {', '.join(options)}; "
+            "drivers of URLs take others, s3://bucket/folder for example endpoint_url"
+        )
     return Directory(text.removeprefix("file://"), secret, **options)

@@ -66,6 +66,11 @@ class RedisServer:
         self._client: Any = redis.Redis.from_url(
             url, **{"socket_timeout": 20, "socket_connect_timeout": 5, **(options or {})}
         )
+        try:
+            # an option that is none would be found out by the first prompt; this connects to nothing
+            self._client.connection_pool.connection_class(**self._client.connection_pool.connection_kwargs)
+        except TypeError as error:
+            raise ValueError(f"the store {url.split('@')[-1]} cannot be opened with these options: {error}") from None
         self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
     @property
