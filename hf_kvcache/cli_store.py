@@ -1,10 +1,17 @@
-"""The command line of prefix stores: `hf-kvcache store ls | stat | verify | gc | export`."""
+"""The command line of prefix stores: `hf-kvcache store ls | stat | verify | gc | export`.
+
+What the driver of a URL has to know beside it is given by name, to every command:
+
+    hf-kvcache store stat s3://bucket/prompts --option profile=work --option endpoint_url=http://localhost:9000
+"""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,14 +26,24 @@ console = Console()
 Url = Annotated[str, typer.Argument(help="Folder or URL of the store.")]
 SECRET_HELP = "File with the secret that pages are signed with; one newline at its end does not count."
 SecretFile = Annotated[Path | None, typer.Option("--secret", help=SECRET_HELP)]
+OPTION_HELP = (
+    "For the driver of the URL, any number of times: endpoint_url=http://host:9000, profile=work, anon=true. "
+    "What reads as JSON is taken as such; key='\"1234\"' stays text."
+)
+Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help=OPTION_HELP)]
+TARGET_HELP = "The same, for the target."
+TargetOptions = Annotated[list[str] | None, typer.Option("--target-option", metavar="NAME=VALUE", help=TARGET_HELP)]
 
 
 @store_app.command("ls")
 def list_pages(
-    url: Url, secret: SecretFile = None, limit: Annotated[int, typer.Option(help="Pages shown.")] = 50
+    url: Url,
+    secret: SecretFile = None,
+    option: Options = None,
+    limit: Annotated[int, typer.Option(help="Pages shown.")] = 50,
 ) -> None:
     """List pages, those used last first."""
-    entries = sorted(_open(url, secret).entries(), key=lambda entry: -entry.used)
+    entries = sorted(_open(url, secret, option).entries(), key=lambda entry: -entry.used)
     table = Table("key", "behind", "tokens", "codec", "bytes", "hits", "bits", "used")
     for entry in entries[:limit]:
         bits = "-" if entry.information is None else f"{entry.information:.0f}"
@@ -43,12 +60,13 @@ def list_pages(
 def stat(
     url: Url,
     secret: SecretFile = None,
+    option: Options = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the trie: sizes and adoptions.")] = None,
 ) -> None:
     """Sum up a store: pages, bytes, branches, what was adopted."""
     from hf_kvcache.sequential.trie import build
 
-    entries = list(_open(url, secret).entries())
+    entries = list(_open(url, secret, option).entries())
     roots = build(entries)
     children = {entry.parent for entry in entries}
     leaves = sum(entry.key not in children for entry in entries)
@@ -70,9 +88,9 @@ def stat(
 
 
 @store_app.command()
-def verify(url: Url, secret: SecretFile = None) -> None:
+def verify(url: Url, secret: SecretFile = None, option: Options = None) -> None:
     """Read every page; remove and name those that are damaged. Ends with 1 unless all are whole and can be read."""
-    store = _open(url, secret)
+    store = _open(url, secret, option)
     whole, damaged = store.verify()
     console.print(f"{whole} pages are whole, {len(damaged)} were damaged and are removed")
     for key in damaged:
@@ -88,25 +106,45 @@ def verify(url: Url, secret: SecretFile = None) -> None:
 def gc(
     url: Url,
     secret: SecretFile = None,
+    option: Options = None,
     limit: Annotated[int | None, typer.Option(help="Bytes to come down to.")] = None,
 ) -> None:
     """Remove what nothing leads to and, above a limit, what is worth least."""
-    console.print(f"freed {_open(url, secret).gc(limit):,} bytes")
+    console.print(f"freed {_open(url, secret, option).gc(limit):,} bytes")
 
 
 @store_app.command()
-def export(url: Url, target: Annotated[str, typer.Argument(help="Folder or URL.")], secret: SecretFile = None) -> None:
+def export(
+    url: Url,
+    target: Annotated[str, typer.Argument(help="Folder or URL.")],
+    secret: SecretFile = None,
+    option: Options = None,
+    target_option: TargetOptions = None,
+) -> None:
     """Copy every whole page to another store."""
-    copied = _open(url, secret).export(_open(target, secret, new=True))
+    copied = _open(url, secret, option).export(_open(target, secret, target_option, new=True))
     console.print(f"copied {copied} pages to {target}")
 
 
-def _open(url: str, secret: Path | None, new: bool = False) -> PrefixStore:
+def _open(url: str, secret: Path | None, options: Sequence[str] | None, new: bool = False) -> PrefixStore:
     from hf_kvcache.sequential.store import PrefixStore
 
     if not new and "://" not in url and not (Path(url) / "pages").is_dir():
         raise FileNotFoundError(f"there is no store in {url}; expected the folder that patch_model was given")
-    return PrefixStore(url, secret=b"" if secret is None else _without_newline(secret.read_bytes()))
+    known = b"" if secret is None else _without_newline(secret.read_bytes())
+    return PrefixStore(url, secret=known, options=dict(_option(text) for text in options or ()))
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Name and value of one `--option`."""
+    name, separator, value = text.partition("=")
+    if not name or not separator:
+        raise ValueError(f"an option is NAME=VALUE, got {text!r}; for example --option endpoint_url=http://host:9000")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        # most values are plain text, and nobody wants to quote it twice
+        return name, value
 
 
 def _without_newline(secret: bytes) -> bytes:

@@ -125,6 +125,9 @@ class Attachment:
         for name in ("_prepare_cache_for_generation", "save_pretrained"):
             model.__dict__.pop(name, None)
         model.__dict__.pop(ATTRIBUTE, None)
+        # last, since it waits for what is still being written
+        if self.spec.prefix is not None:
+            self.spec.prefix.close()
 
 
 def attached(model: nn.Module) -> Attachment | None:

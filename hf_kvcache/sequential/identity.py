@@ -51,6 +51,13 @@ def page_key(parent: str, ids: Sequence[int] | np.ndarray) -> str:
     return hashlib.sha256(bytes.fromhex(parent) + np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
+def common_prefix(one: Sequence[int] | np.ndarray, other: Sequence[int] | np.ndarray) -> int:
+    """How many tokens two sequences begin with alike."""
+    length = min(len(one), len(other))
+    differ = np.nonzero(np.asarray(one[:length]) != np.asarray(other[:length]))[0]
+    return int(differ[0]) if len(differ) else length
+
+
 def require_key(key: str) -> str:
     """`key`, when it is one; anything else, a path for example, is refused."""
     if not isinstance(key, str) or not KEY.fullmatch(key):

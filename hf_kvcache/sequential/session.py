@@ -28,10 +28,9 @@ from torch import Tensor
 from hf_kvcache.clock import now
 from hf_kvcache.sequential.identity import Identity
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
+from hf_kvcache.sequential.pieces import Pieces
 from hf_kvcache.sequential.store import Match, PrefixStore
 
-# by producer, (first column, key, value) of what was adopted or computed and will be written
-Pieces = dict[int, list[tuple[int, Tensor, Tensor]]]
 # a tail is worth a file of its own from this part of a page on
 SHORTEST_TAIL = 16
 
@@ -108,7 +107,7 @@ class PromptSession:
         self._computed = 0
         self._spent = 0.0
         self._devices: set[torch.device] = set()
-        self._pieces: Pieces = {}
+        self._pieces = Pieces()
         # by producer, the column up to which it has keys and values
         self._filled: dict[int, int] = {}
         # the first column of a page to write: nothing before it is kept
@@ -178,7 +177,7 @@ class PromptSession:
     def stop(self) -> None:
         """Takes no further part in this prompt, and lets go of everything."""
         self.active, self.facts = False, None
-        self._pieces, self._filled, self.rows = {}, {}, []
+        self._pieces, self._filled, self.rows = Pieces(), {}, []
 
     def __deepcopy__(self, memo) -> PromptSession:
         # a copy of the cache goes on by itself: the prompt is stored once, by the original
@@ -243,7 +242,7 @@ class PromptSession:
         if skip:
             # a view would hold on to the columns before it
             key, value = key[:, :, skip:].clone(), value[:, :, skip:].clone()
-        self._pieces.setdefault(producer, []).append((first + skip, key, value))
+        self._pieces.add(producer, first + skip, key, value)
 
     def _known(self, row: Row) -> int:
         return sum(match.length for match in row.matches)
@@ -304,26 +303,24 @@ class PromptSession:
     def _submit(self) -> None:
         """Hands the pages of every different row that the store lacks to its writer."""
         assert self.facts is not None
-        seen: set[bytes] = set()
-        for number, row in enumerate(self.rows):
-            name = row.ids.tobytes()
-            if name in seen or not len(row.ids):
-                continue
-            seen.add(name)
-            size, parent = self.store.page_size, self.identity.root
-            for match in row.matches:
-                if match.length == size:
-                    parent = match.key
+        size, chains = self.store.page_size, []
+        for number, row in {row.ids.tobytes(): (number, row) for number, row in enumerate(self.rows)}.values():
             start = self._whole(row)
             if start >= len(row.ids) or row.padding + start < self._kept_from:
                 continue
+            whole = [match.key for match in row.matches if match.length == size]
             # put together in the background, from what the forward left
             pages = [
-                partial(_page, self._pieces, self.facts.geometry, number, row, at, size)
+                partial(self._pieces.page, self.facts.geometry, number, row.padding, row.ids[at : at + size], at)
                 for at in range(start, len(row.ids), size)
             ]
-            task = partial(_write, self.store, self.codec, self._context, parent, self._seconds, self.identity, pages)
-            self.store.submit(task, (len(row.ids) - start) * self.facts.geometry.token_bytes)
+            chains.append(((whole or [self.identity.root])[-1], pages))
+        if chains:
+            task = partial(_write, self.store, self.codec, self._context, self._seconds, self.identity, chains)
+            # a prompt that waits is moved to the host: its keys and values are gigabytes of a device that the next
+            # prompts need. One that does not wait is copied in the background, since copying it here would add to the
+            # time to the first token
+            self.store.submit(task, self._pieces.nbytes, ahead=self._pieces.to_host)
 
 
 def _stands_for(page: Page, match: Match, ids: np.ndarray) -> bool:
@@ -332,45 +329,21 @@ def _stands_for(page: Page, match: Match, ids: np.ndarray) -> bool:
     return page.start == match.start and np.array_equal(page.ids[: match.length], own)
 
 
-def _page(pieces: Pieces, geometry: Geometry, number: int, row: Row, start: int, size: int) -> Page:
-    """The page of a row's tokens from `start` on, in the memory of the host."""
-    _to_host(pieces)
-    end = min(start + size, len(row.ids))
-    keys, values = [], []
-    for producer in geometry.producers:
-        parts = [
-            (key[number, :, skip:stop], value[number, :, skip:stop])
-            for first, key, value in pieces[producer]
-            for skip, stop in [(max(row.padding + start - first, 0), row.padding + end - first)]
-            if skip < min(stop, key.shape[2])
-        ]
-        keys.append(torch.cat([key for key, _ in parts], dim=1))
-        values.append(torch.cat([value for _, value in parts], dim=1))
-    return Page(row.ids[start:end], start, keys, values)
-
-
-def _to_host(pieces: Pieces) -> None:
-    """Moves what pages will be made of to the memory of the host, so that a device does not hold it until the last page
-    is coded. Does nothing the second time."""
-    for producer, parts in pieces.items():
-        pieces[producer] = [(first, key.cpu(), value.cpu()) for first, key, value in parts]
-
-
 def _write(
     store: PrefixStore,
     codec: PageCodec,
     context: Context,
-    parent: str,
     seconds: float,
     identity: Identity,
-    pages: Sequence[Callable[[], Page]],
+    chains: Sequence[tuple[str, Sequence[Callable[[], Page]]]],
 ) -> None:
-    """Stores pages that follow each other."""
-    for make in pages:
-        page = make()
-        if len(page) * SHORTEST_TAIL < store.page_size:
-            return
-        key = store.put(page, parent, codec, context, seconds=seconds * len(page), model=identity.fingerprint)
-        if key is None:
-            return
-        parent = key
+    """Stores pages that follow each other, each chain behind a page that is there."""
+    for parent, pages in chains:
+        for make in pages:
+            page = make()
+            if len(page) * SHORTEST_TAIL < store.page_size:
+                break
+            key = store.put(page, parent, codec, context, seconds=seconds * len(page), model=identity.fingerprint)
+            if key is None:
+                break
+            parent = key

@@ -19,10 +19,12 @@ class StoreSource:
     Args:
         store: where pages are.
         codec: to write them with.
+        owned: whether the store was opened for this, and not by the user, who may have other uses for it.
     """
 
     store: PrefixStore
     codec: PageCodec
+    owned: bool = False
 
     def session(self, spec: CacheSpec, prompt_length: int) -> PromptSession:
         """A session for one prompt."""
@@ -41,3 +43,8 @@ class StoreSource:
             self.store.page_size,
             self.store.tenant,
         )
+
+    def close(self) -> None:
+        """Writes what waits and closes the store, unless it is the user's."""
+        if self.owned:
+            self.store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import numpy as np
 
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
-from hf_kvcache.sequential.identity import Identity, page_key
+from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.writer import Writer
@@ -74,7 +75,8 @@ class PrefixStore:
         limit_bytes: keep the store below this; None for no limit.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
         secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
-        options: for the driver.
+        options: for the driver: `durable` of a folder, those of fsspec's file system (`endpoint_url`, `profile`, ...),
+            those of `redis.Redis.from_url`.
 
     Example:
         >>> store = PrefixStore("cache-folder", limit_bytes=10 << 30)
@@ -103,6 +105,8 @@ class PrefixStore:
         self.backend: Backend = open_backend(self.url, secret, self.options)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
+        # of a store that nobody closes; at exit the system does, after all that waits has been written
+        weakref.finalize(self, self.backend.close).atexit = False
 
     @property
     def tenant(self) -> str:
@@ -123,7 +127,7 @@ class PrefixStore:
                     break
                 found.append(Match(key, parent, start, self.page_size))
                 parent, start = key, start + self.page_size
-            fork = self._fork(parent, start, ids[start:])
+            fork = self._fork(parent, start, ids[start : start + self.page_size])
             if fork is not None:
                 found.append(fork)
         return found
@@ -185,9 +189,15 @@ class PrefixStore:
                 stored = True
         return key if stored else None
 
-    def submit(self, task: Callable[[], None], size: int) -> None:
-        """Runs a task that writes pages of `size` bytes in the background, in order; drops it when too many wait."""
-        if not self._writer.submit(task, size):
+    def submit(self, task: Callable[[], None], size: int, ahead: Callable[[], None] | None = None) -> None:
+        """Runs a task that writes pages of `size` bytes in the background, in order; drops it when too many wait.
+
+        Args:
+            task: to run.
+            size: bytes that it holds.
+            ahead: called at once when the task has to wait.
+        """
+        if not self._writer.submit(task, size, ahead):
             self.counts.dropped_pages += 1
             self._say("slow", "pages come faster than they can be written; some are not stored")
 
@@ -196,7 +206,7 @@ class PrefixStore:
         self._writer.flush()
 
     def close(self) -> None:
-        """Writes what waits and lets go of the place."""
+        """Writes what waits and lets go of the place. Whoever uses the store later opens it again."""
         self._writer.close()
         self.backend.close()
 
@@ -276,14 +286,16 @@ class PrefixStore:
         """Removes what interrupted writes left, pages that nothing leads to, tails that a longer page has made needless
         and, above a limit, what is worth least. Returns the bytes freed."""
         freed, unreadable = self._collect()
-        entries = list(self.backend.entries())
-        pinned = set(self.backend.pins().values())
+        entries, pinned = list(self.backend.entries()), set(self.backend.pins().values())
         # what stands behind a page that nobody here can read is not lost
-        for entry in () if unreadable else eviction.needless(entries, pinned, self.page_size):
+        gone = [] if unreadable else list(eviction.needless(entries, pinned, self.page_size))
+        for entry in gone:
             self.backend.delete(entry.key, entry.parent)
-            freed += entry.size
         limit = self.limit_bytes if limit_bytes is None else limit_bytes
-        return freed if limit is None else freed + self._shrink(limit, set())
+        gone += [] if limit is None else self._shrink(limit, set())
+        keys = {entry.key for entry in gone}
+        self.backend.reindex([entry for entry in entries if entry.key not in keys])
+        return freed + sum(entry.size for entry in gone)
 
     def pin(self, name: str, key: str | None) -> None:
         """Makes a name hold on to a page and all before it, so that no limit removes them; None lets go."""
@@ -298,23 +310,14 @@ class PrefixStore:
 
     def _fork(self, parent: str, start: int, rest: np.ndarray) -> Match | None:
         """The page behind `parent` that shares most tokens with `rest`, in part; None when none shares any."""
-        best = None
-        for key, ids in self.backend.children(parent, int(rest[0])) if len(rest) else ():
-            if ids is None:
-                data = self.backend.read(key, parent)
-                try:
-                    ids = None if data is None else record.summary(data, self.secret).ids
-                except PageError:
-                    ids = None
-            # an index is not signed: only what the key is the hash of is believed
-            if ids is None or page_key(parent, ids) != key:
-                continue
-            common = min(len(ids), len(rest))
-            differ = np.nonzero(ids[:common] != rest[:common])[0]
-            length = int(differ[0]) if len(differ) else common
-            if length and (best is None or length > best.length):
-                best = Match(key, parent, start, length)
-        return best
+        found = self.backend.nearest(parent, rest) if len(rest) else []
+        shared = [(common_prefix(ids, rest), ids) for ids in found]
+        for length, ids in sorted(shared, key=lambda pair: pair[0], reverse=True):
+            # an index is not signed and may be behind: believed is what there is a page for, by the hash of its ids
+            key = page_key(parent, ids)
+            if length and self.backend.contains(key, parent):
+                return Match(key, parent, start, length)
+        return None
 
     def _make_room(self, size: int, keep: str) -> bool:
         """Brings the store to its limit, with room for `size` bytes; False when that cannot be."""
@@ -327,18 +330,20 @@ class PrefixStore:
             self._shrink(self.limit_bytes - size, {keep})
         return self.backend.total() + size <= self.limit_bytes
 
-    def _shrink(self, limit: int, keep: set[str]) -> int:
-        """Removes the pages that are worth least until `limit` bytes are left; returns the bytes freed."""
-        freed, excess = 0, self.backend.total() - limit
+    def _shrink(self, limit: int, keep: set[str]) -> list[Entry]:
+        """Removes the pages that are worth least until `limit` bytes are left; returns them."""
+        gone: list[Entry] = []
+        excess = self.backend.total() - limit
         if excess <= 0:
-            return 0
+            return gone
         pinned = set(self.backend.pins().values()) | keep
         for entry in eviction.cheapest(list(self.backend.entries()), pinned, time.time()):
-            if freed >= excess:
+            if excess <= 0:
                 break
             self.backend.delete(entry.key, entry.parent)
-            freed += entry.size
-        return freed
+            excess -= entry.size
+            gone.append(entry)
+        return gone
 
     def _collect(self) -> tuple[int, int]:
         """Has the place clean up: bytes freed, and how many pages of which it knows no more than a name are whole and

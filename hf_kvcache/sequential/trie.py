@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hf_kvcache.sequential.backends import Entry
+from hf_kvcache.sequential.identity import common_prefix
 
 
 @dataclass
@@ -79,10 +80,3 @@ def ultrametric(one: Sequence[int], other: Sequence[int], bits: Sequence[float] 
     if len(one) == len(other) == common_prefix(one, other):
         return 0.0
     return float(2.0 ** -shared_information(one, other, bits))
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    length = min(len(one), len(other))
-    differ = np.nonzero(np.asarray(one[:length]) != np.asarray(other[:length]))[0]
-    return int(differ[0]) if len(differ) else length

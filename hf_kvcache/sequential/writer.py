@@ -1,21 +1,27 @@
-"""`Writer`: one background thread that runs tasks in order, bounded by the bytes that wait."""
+"""`Writer`: tasks that run in order in the background, bounded by the bytes that wait."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import os
-import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 
-# bytes of keys and values that may wait to be written
+# bytes of keys and values that may wait to be written, in the memory of the host; what comes beyond is dropped and not
+# waited for, since a page that is not stored costs a prefill some time, and a run that waits for a disk costs it now
 MOST_WAITING = 2 << 30
+# seconds after which who waits looks whether the thread still runs
+PATIENCE = 1.0
 
 
 class Writer:
-    """Runs tasks one after the other. A daemon thread, started when it is first needed, and finished at exit.
+    """Runs tasks one after the other, in a daemon thread that is there as long as there are tasks; finished at exit.
+
+    The thread does not wait for more: it would hold the store, and what that has open, until the process ends, also
+    when nobody else knows the store any more.
 
     Args:
         failed: is told of what a task raises; the next task runs all the same, also where this raises itself (a warning
@@ -25,46 +31,60 @@ class Writer:
 
     def __init__(self, failed: Callable[[BaseException], None], most_waiting: int = MOST_WAITING) -> None:
         self.failed, self.most_waiting = failed, most_waiting
-        self._thread: threading.Thread | None = None
         self._reset()
-        reference = weakref.ref(self)
-        atexit.register(_flush_at_exit, reference)
+        WRITERS.add(self)
 
-    def submit(self, task: Callable[[], None], size: int) -> bool:
-        """Takes a task that holds `size` bytes; False when too many bytes wait already."""
+    def submit(self, task: Callable[[], None], size: int, ahead: Callable[[], None] | None = None) -> bool:
+        """Takes a task that holds `size` bytes; False when too many bytes wait already.
+
+        Args:
+            task: to run.
+            size: bytes.
+            ahead: what to do at once where others are before the task. One that comes first begins right away, and
+                does it in the background.
+        """
         if self._process != os.getpid():
             # threads do not survive a fork
             self._reset()
-        with self._lock:
+        with self._changed:
             if self._waiting and self._waiting + size > self.most_waiting:
                 return False
-            self._start()
+            first = not self._accepted
             self._waiting += size
-        self._tasks.put((task, size))
+            self._accepted += 1
+        try:
+            if not first and ahead is not None:
+                # where it fails, the task tries again, and what that raises is said
+                with contextlib.suppress(Exception):
+                    ahead()
+        finally:
+            with self._changed:
+                self._tasks.append((task, size))
+                self._start()
         return True
 
     def flush(self) -> None:
         """Waits for all tasks."""
         if self._process == os.getpid():
-            with self._lock:
-                if self._tasks.unfinished_tasks:
+            with self._changed:
+                while self._accepted:
                     self._start()
-            self._tasks.join()
+                    self._changed.wait(PATIENCE)
 
     def close(self) -> None:
-        """Waits for all tasks and ends the thread."""
+        """Waits for all tasks and for the end of the thread. What is submitted later is run as before."""
         self.flush()
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None and thread.is_alive() and self._process == os.getpid():
-            self._tasks.put((None, 0))
+        thread = self._thread
+        if thread is not None and self._process == os.getpid():
             thread.join()
 
     def _reset(self) -> None:
-        self._tasks: queue.Queue[tuple[Callable[[], None] | None, int]] = queue.Queue()
-        self._lock = threading.Lock()
-        self._thread = None
-        self._waiting, self._process = 0, os.getpid()
+        self._changed = threading.Condition()
+        self._tasks: deque[tuple[Callable[[], None], int]] = deque()
+        self._thread: threading.Thread | None = None
+        # tasks and bytes from when they are accepted until they have run
+        self._accepted = self._waiting = 0
+        self._process = os.getpid()
 
     def _start(self) -> None:
         """Sees to it that the thread runs; whoever waits for one that has died waits for ever."""
@@ -74,26 +94,32 @@ class Writer:
             self._thread = thread
 
     def _run(self) -> None:
-        tasks = self._tasks
         while True:
-            task, size = tasks.get()
-            try:
-                if task is None:
+            with self._changed:
+                if not self._tasks:
+                    self._thread = None
                     return
+                task, size = self._tasks[0]
+            try:
                 task()
             except BaseException as error:
                 # whoever flushes waits for this thread, so nothing may end it
                 with contextlib.suppress(BaseException):
                     self.failed(error)
-            finally:
-                # lets go of the pages before it waits for the next
-                task = None
-                with self._lock:
-                    self._waiting -= size
-                tasks.task_done()
+            # lets go of the pages before those who wait for it go on
+            del task
+            with self._changed:
+                self._tasks.popleft()
+                self._accepted -= 1
+                self._waiting -= size
+                self._changed.notify_all()
 
 
-def _flush_at_exit(reference: weakref.ref[Writer]) -> None:
-    writer = reference()
-    if writer is not None:
+WRITERS: weakref.WeakSet[Writer] = weakref.WeakSet()
+
+
+@atexit.register
+def flush_all() -> None:
+    """Finishes what is left when the process ends."""
+    for writer in list(WRITERS):
         writer.flush()

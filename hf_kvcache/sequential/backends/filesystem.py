@@ -1,29 +1,29 @@
 """`FileSystem`: pages as objects of any file system that fsspec knows, S3 and GCS among them. For many machines.
 
-    <url>/pages/<parent>/<key>.<head>     one object a page; head is its first token
+    <url>/pages/<parent>/<key>     one object a page
+    <url>/branches/...             which pages begin alike, see `branches`
+    <url>/pins                     names and the keys that they hold on to
 
 An object is written whole or not at all, which is what S3 and the like promise, and two writers of one page write the
-same. There is no index: a page behind a known parent is found by its name, and one that forks by a list of the parent's
-folder. Hits are not counted there.
+same. To look a prompt up, objects are asked for by name and nothing is listed, since a list takes as long as it is.
+Hits are not counted there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry
-from hf_kvcache.sequential.identity import require_key
+from hf_kvcache.sequential.backends import branches
+from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.identity import KEY, require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
-from hf_kvcache.sequential.record import summary
-
-NAME = re.compile(r"([0-9a-f]{64})\.([0-9]+)")
-MOST_CHILDREN = 16
+from hf_kvcache.sequential.record import MOST_TOKENS, summary
 
 
 class FileSystem:
@@ -49,43 +49,48 @@ class FileSystem:
             self.files, folder = fsspec.core.url_to_fs(url, use_listings_cache=False, **(options or {}))
         except ImportError as error:
             raise ModuleNotFoundError(f"the store {url} needs a driver that is not installed: {error}") from None
-        self.pages, self.names = f"{folder.rstrip('/')}/pages", f"{folder.rstrip('/')}/pins"
+        self.folder = folder.rstrip("/")
+        self.names = f"{self.folder}/pins"
 
     def write(self, entry: Entry, data: bytes) -> None:
-        self.files.makedirs(self._folder(entry.parent), exist_ok=True)
-        self.files.pipe_file(f"{self._folder(entry.parent)}/{require_key(entry.key)}.{int(entry.ids[0])}", data)
+        self._put(self._path("pages", entry.parent, entry.key), data)
+        # after the page, so that what a branch leads to is there
+        _, name = branches.walk(entry.parent, entry.ids, partial(self._branch, entry.parent))
+        if name is not None:
+            self._put(self._path("branches", entry.parent, name), blob_of_ids(entry.ids))
 
     def read(self, key: str, parent: str) -> bytes | None:
-        path = self._find(key, parent)
         try:
-            return None if path is None else self.files.cat_file(path)
+            return self.files.cat_file(self._path("pages", parent, key))
         except FileNotFoundError:
             return None
 
     def contains(self, key: str, parent: str) -> bool:
-        return self._find(key, parent) is not None
+        try:
+            # `exists` also says no where the place cannot be asked
+            self.files.info(self._path("pages", parent, key))
+        except FileNotFoundError:
+            return False
+        return True
 
-    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
-        found = [key for key, first, _ in self._list(parent) if first == head]
-        return [(key, None) for key in found[:MOST_CHILDREN]]
+    def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
+        return branches.walk(parent, ids, partial(self._branch, parent), branches.MOST_STEPS)[0]
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         """Object stores do not count."""
 
     def delete(self, key: str, parent: str) -> None:
-        path = self._find(key, parent)
-        if path is not None:
-            self._remove(path)
+        self._remove(self._path("pages", parent, key))
 
     def entries(self) -> Iterator[Entry]:
-        for path in self._all():
+        for path in self._all("pages"):
             try:
                 yield summary(self.files.cat_file(path), self.secret)
             except (PageError, FileNotFoundError):
                 continue
 
     def total(self) -> int:
-        return sum(int(info["size"]) for info in self._all(detail=True).values())
+        return sum(int(info["size"]) for info in self._all("pages", detail=True).values())
 
     def pins(self) -> dict[str, str]:
         try:
@@ -100,48 +105,82 @@ class FileSystem:
         self.files.pipe_file(self.names, json.dumps(kept).encode())
 
     def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
-        """Removes objects that are not whole pages."""
+        """Removes objects that are not whole pages in their place."""
         freed, unreadable = 0, []
-        for path in self._all():
+        for path in self._all("pages"):
+            place = tuple(path.split("/")[-2:])
             try:
                 data = self.files.cat_file(path)
+                entry = summary(data, self.secret)
             except FileNotFoundError:
                 # somebody else has removed it since
                 continue
-            try:
-                summary(data, self.secret)
             except UnreadablePage as error:
-                unreadable.append((path.rpartition("/")[2].partition(".")[0], error))
+                unreadable.append((place[1], error))
+                continue
             except PageError:
+                entry = None
+            if entry is None or (entry.parent, entry.key) != place:
                 self._remove(path)
                 freed += len(data)
         return freed, unreadable
 
+    def reindex(self, entries: Sequence[Entry]) -> None:
+        known: dict[str, dict[str, np.ndarray]] = {}
+        for entry in entries:
+            known.setdefault(entry.parent, {})[entry.key] = entry.ids
+        # before the pages: who writes meanwhile writes the page first, so a branch here has its page there
+        found = self._all_branches()
+        there: dict[str, set[str]] = {}
+        for parent, key in (path.split("/")[-2:] for path in self._all("pages")):
+            there.setdefault(parent, set()).add(key)
+        for parent in {*known, *found}:
+            pages = known.get(parent, {})
+            if there.get(parent, set()) <= set(pages):
+                # else there are others, of which it is not known what leads to them
+                self._repair(parent, list(pages.values()), found.get(parent, {}))
+
     def close(self) -> None:
         """Nothing is open."""
 
-    def _folder(self, parent: str) -> str:
-        return f"{self.pages}/{require_key(parent)}"
+    def _repair(self, parent: str, pages: Sequence[np.ndarray], found: branches.Branches) -> None:
+        changed, needless = branches.repair(parent, pages, found)
+        for name, ids in changed.items():
+            self._put(self._path("branches", parent, name), blob_of_ids(ids))
+        for name in needless:
+            self._remove(self._path("branches", parent, name))
 
-    def _list(self, parent: str) -> list[tuple[str, int, str]]:
-        """(key, first token, path) of the pages behind `parent`."""
+    def _branch(self, parent: str, name: str) -> np.ndarray | None:
         try:
-            paths = self.files.ls(self._folder(parent), detail=False)
+            # a range: of a whole object drivers ask for the length first
+            path = self._path("branches", parent, name)
+            return ids_of_blob(self.files.cat_file(path, start=0, end=4 * MOST_TOKENS))
         except FileNotFoundError:
-            return []
-        names = ((NAME.fullmatch(path.rpartition("/")[2]), path) for path in paths)
-        return [(match[1], int(match[2]), path) for match, path in names if match]
+            return None
 
-    def _find(self, key: str, parent: str) -> str | None:
-        require_key(key)
-        return next((path for found, _, path in self._list(parent) if found == key), None)
+    def _all_branches(self) -> dict[str, dict[str, np.ndarray]]:
+        """By parent and name; those that are damaged have no ids."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for path in self._all("branches"):
+            parent, name = path.split("/")[-2:]
+            if KEY.fullmatch(parent) and KEY.fullmatch(name):
+                ids = self._branch(parent, name)
+                found.setdefault(parent, {})[name] = np.empty(0, np.uint32) if ids is None else ids
+        return found
+
+    def _path(self, folder: str, parent: str, name: str) -> str:
+        return f"{self.folder}/{folder}/{require_key(parent)}/{require_key(name)}"
+
+    def _put(self, path: str, data: bytes) -> None:
+        self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self.files.pipe_file(path, data)
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self.files.rm_file(path)
 
-    def _all(self, detail: bool = False) -> Any:
+    def _all(self, folder: str, detail: bool = False) -> Any:
         try:
-            return self.files.find(self.pages, detail=detail)
+            return self.files.find(f"{self.folder}/{folder}", detail=detail)
         except FileNotFoundError:
             return {}

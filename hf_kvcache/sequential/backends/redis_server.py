@@ -2,34 +2,41 @@
 
     hf_kvcache:page:<key>        the bytes of a page
     hf_kvcache:entry:<key>       what is known of it, a hash; `hits` and `used` among it
-    hf_kvcache:behind:<parent>   the keys of the pages behind it, a set
+    hf_kvcache:after:<parent>    the ids of the pages behind it, a sorted set
     hf_kvcache:all               all keys, a set
     hf_kvcache:pins              names and the keys that they hold on to, a hash
     hf_kvcache:bytes             of all pages, a number
 
 One page is one transaction, which keeps the sum of the bytes too. What the server drops by itself is taken off that sum
 when the store is collected.
+
+In a sorted set whose scores are all equal, members lie in the order of their bytes. So of all pages behind a parent,
+the one that shares most with a prompt lies right before or right behind the place that the prompt itself would have.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import UnreadablePage
 
 PREFIX = "hf_kvcache"
-MOST_CHILDREN = 64
 # before an entry is changed or removed: KEYS are the entry and the sum, ARGV the bytes that the page will have
 RESIZE = """
 local old = redis.call('HGET', KEYS[1], 'size') or 0
 return redis.call('INCRBY', KEYS[2], ARGV[1] - old)
+"""
+# before an entry is removed: KEYS are the entry and what is behind its parent
+FORGET = """
+local ids = redis.call('HGET', KEYS[1], 'ids')
+if ids then redis.call('ZREM', KEYS[2], ids) end
 """
 # KEYS are all keys and the sum, ARGV what the names of entries begin with
 RECOUNT = """
@@ -59,6 +66,11 @@ class RedisServer:
         self._client: Any = redis.Redis.from_url(
             url, **{"socket_timeout": 20, "socket_connect_timeout": 5, **(options or {})}
         )
+        try:
+            # an option that is none would be found out by the first prompt; this connects to nothing
+            self._client.connection_pool.connection_class(**self._client.connection_pool.connection_kwargs)
+        except TypeError as error:
+            raise ValueError(f"the store {url.split('@')[-1]} cannot be opened with these options: {error}") from None
         self._failures: tuple[type[Exception], ...] = (redis.RedisError, OSError)
 
     @property
@@ -69,7 +81,7 @@ class RedisServer:
         key = require_key(entry.key)
         known = {
             "parent": require_key(entry.parent),
-            "ids": np.asarray(entry.ids, dtype="<u4").tobytes(),
+            "ids": blob_of_ids(entry.ids),
             "size": len(data),
             "hits": entry.hits,
             "used": entry.used,
@@ -81,7 +93,7 @@ class RedisServer:
             transaction.eval(RESIZE, 2, f"{PREFIX}:entry:{key}", f"{PREFIX}:bytes", len(data))
             transaction.set(f"{PREFIX}:page:{key}", data)
             transaction.hset(f"{PREFIX}:entry:{key}", mapping=known)
-            transaction.sadd(f"{PREFIX}:behind:{entry.parent}", key)
+            transaction.zadd(f"{PREFIX}:after:{entry.parent}", {blob_of_ids(entry.ids): 0})
             transaction.sadd(f"{PREFIX}:all", key)
             transaction.execute()
 
@@ -91,18 +103,13 @@ class RedisServer:
     def contains(self, key: str, parent: str) -> bool:
         return bool(self._client.exists(f"{PREFIX}:page:{require_key(key)}"))
 
-    def children(self, parent: str, head: int) -> list[tuple[str, np.ndarray | None]]:
-        keys = [key.decode() for key in self._client.smembers(f"{PREFIX}:behind:{require_key(parent)}")]
+    def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
+        name, place = f"{PREFIX}:after:{require_key(parent)}", b"[" + blob_of_ids(ids)
         with self._client.pipeline(transaction=False) as pipeline:
-            for key in keys:
-                pipeline.hget(f"{PREFIX}:entry:{key}", "ids")
-            found = zip(keys, pipeline.execute(), strict=True)
-        pages: list[tuple[str, np.ndarray | None]] = []
-        for key, data in found:
-            ids = ids_of_blob(data)
-            if ids is not None and ids[0] == head:
-                pages.append((key, ids))
-        return pages[:MOST_CHILDREN]
+            pipeline.zrevrangebylex(name, place, "-", 0, 1)
+            pipeline.zrangebylex(name, place, "+", 0, 1)
+            found = [ids_of_blob(blob) for blobs in pipeline.execute() for blob in blobs]
+        return [own for own in found if own is not None]
 
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         with self._client.pipeline(transaction=False) as pipeline:
@@ -114,8 +121,8 @@ class RedisServer:
     def delete(self, key: str, parent: str) -> None:
         with self._client.pipeline(transaction=True) as transaction:
             transaction.eval(RESIZE, 2, f"{PREFIX}:entry:{require_key(key)}", f"{PREFIX}:bytes", 0)
+            transaction.eval(FORGET, 2, f"{PREFIX}:entry:{key}", f"{PREFIX}:after:{require_key(parent)}")
             transaction.delete(f"{PREFIX}:page:{key}", f"{PREFIX}:entry:{key}")
-            transaction.srem(f"{PREFIX}:behind:{require_key(parent)}", key)
             transaction.srem(f"{PREFIX}:all", key)
             transaction.execute()
 
@@ -154,6 +161,13 @@ class RedisServer:
                 self.delete(entry.key, entry.parent)
         self._recount()
         return 0, []
+
+    def reindex(self, entries: Sequence[Entry]) -> None:
+        """Enters again what the server has dropped by itself."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            for entry in entries:
+                pipeline.zadd(f"{PREFIX}:after:{entry.parent}", {blob_of_ids(entry.ids): 0})
+            pipeline.execute()
 
     def _recount(self) -> int:
         """Adds up the bytes of all pages anew."""

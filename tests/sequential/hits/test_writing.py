@@ -54,7 +54,7 @@ def kept_columns(model, ids, monkeypatch):
     submit = PromptSession._submit
 
     def note(self):
-        pieces = next(iter(self._pieces.values()), [])
+        pieces = next(iter(self._pieces.parts.values()), [])
         kept.append([(first, key.shape[2], key.untyped_storage().nbytes() // key.nbytes) for first, key, _ in pieces])
         submit(self)
 
