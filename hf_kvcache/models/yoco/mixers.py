@@ -36,10 +36,10 @@ class YocoRetention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         width = config.num_attention_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
-            RetentionProjection(config.hidden_size, width, gain=2**-2.5) for _ in range(4)
+        self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.decay_proj = (
+            RetentionProjection(config.hidden_size, outputs, gain=2**-2.5)
+            for outputs in (*[width] * 4, config.num_attention_heads)
         )
-        self.decay_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
         self.o_proj = RetentionProjection(width, config.hidden_size, gain=2**-1)
 
     def forward(
