@@ -63,6 +63,8 @@ class YocoRetention(nn.Module):
             # padding neither enters the state nor fades it
             key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
+        # RoPE's tables are in float32 in mixed precision, and the operator's kernels take one dtype
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
