@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from hf_kvcache.attention import attend_windows
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
+from hf_kvcache.models.yoco.masks import by_blocks
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -128,13 +129,3 @@ class YocoAttention(nn.Module):
         else:
             out, weights = attend(query, key, value, attention_mask)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-def by_blocks(config: YocoConfig, mask: Tensor | None, length: int, window: int | None) -> bool:
-    """Whether a window is short enough to be attended block by block, without a mask of the whole length.
-
-    Padding needs that mask, eager attention takes another kind, and Flash has windows of its own.
-    """
-    if window is None or length <= window or not (mask is None or (mask.dim() == 2 and bool(mask.all()))):
-        return False
-    return config._attn_implementation in ("sdpa", "hf_kvcache")
