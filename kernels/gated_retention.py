@@ -10,8 +10,8 @@ operator is the chunk form, in time linear in T and with memory for one chunk.
 Shapes: query and key `[B, H, T, D_k]`, value `[B, H, T, D_v]`, log_decay `[B, H, T]` (<= 0), state None for zeros or
 `[B, H, D_k, D_v]`; any T >= 1, not only multiples of the chunk. Returns out `[B, H, T, D_v]` in the dtype of the query
 and the state after the last token `[B, H, D_k, D_v]` in float32 (float64 for float64 inputs), which starts the next
-call. Sums are in that type too. The scale of the keys is the caller's. A token with log_decay 0 and key 0 leaves the
-state as it is: that is how padding is passed over.
+call. Sums are in that type too, also in mixed precision. The scale of the keys is the caller's. A token with log_decay
+0 and key 0 leaves the state as it is: that is how padding is passed over.
 
 It has a gradient for every input, and the gradient is three more calls of the operator (`_backward`), so that an
 implementation for another device needs to bring the forward only.
@@ -41,14 +41,16 @@ def gated_retention_chunked(
         state = key.new_zeros(batch, heads, key.shape[-1], value.shape[-1], dtype=accumulate)
     state = state.to(accumulate)
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    for start in range(0, length, chunk):
-        part = slice(start, start + chunk)
-        q, k, v = (tensor[:, :, part].to(accumulate) for tensor in (query, key, value))
-        decay = log_decay[:, :, part].to(accumulate).cumsum(-1)
-        last = decay[..., -1:]
-        weights = q @ k.transpose(-1, -2) * decay_matrix(decay)
-        out[:, :, part] = weights @ v + (q * decay.exp()[..., None]) @ state
-        state = state * last.exp()[..., None] + (k * (last - decay).exp()[..., None]).transpose(-1, -2) @ v
+    # mixed precision would round the operands of every sum
+    with torch.autocast(query.device.type, enabled=False):
+        for start in range(0, length, chunk):
+            part = slice(start, start + chunk)
+            q, k, v = (tensor[:, :, part].to(accumulate) for tensor in (query, key, value))
+            decay = log_decay[:, :, part].to(accumulate).cumsum(-1)
+            last = decay[..., -1:]
+            weights = q @ k.transpose(-1, -2) * decay_matrix(decay)
+            out[:, :, part] = weights @ v + (q * decay.exp()[..., None]) @ state
+            state = state * last.exp()[..., None] + (k * (last - decay).exp()[..., None]).transpose(-1, -2) @ v
     return out, state
 
 

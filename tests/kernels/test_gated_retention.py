@@ -146,3 +146,17 @@ def test_the_operator_is_the_plain_function():
             torch.ops.hf_kvcache.gated_retention(*tensors, 8), gated_retention_chunked(*tensors, 8), strict=True
         ):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_mixed_precision_does_not_round_the_sums(gradient):
+    found = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed), torch.set_grad_enabled(gradient):
+            tensors = [tensor.requires_grad_(gradient) for tensor in inputs(70)]
+            out, state = gated_retention(*tensors, chunk=16)
+            if gradient:
+                (out.square().sum() + state.square().sum()).backward()
+        found.append([out, state, *(tensor.grad for tensor in tensors if gradient)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

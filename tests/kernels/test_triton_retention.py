@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.gated_retention import gated_retention
+from hf_kvcache.testing import left_pad, random_ids
+from tests.forward import logits
+from tests.models.yoco import model_of
 
 pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
@@ -107,3 +110,11 @@ def test_the_gradient_is_three_more_calls():
         found.append([tensor.grad for tensor in tensors])
     for actual, expected in zip(*found, strict=True):
         assert float((actual.double() - expected).norm() / expected.norm()) <= 2e-6
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_a_model_in_mixed_precision(length):
+    """Its projections are in 16 bits and its RoPE in float32."""
+    ids, mask = left_pad([random_ids(length=length)[0], random_ids(length=length - 1)[0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert logits(model_of("retention"), ids, attention_mask=mask.float()).dtype == torch.bfloat16

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
+from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models import YocoConfig, YocoForCausalLM
-from hf_kvcache.testing import random_ids
+from hf_kvcache.models.yoco import mixers
+from hf_kvcache.testing import left_pad, random_ids
 from tests.forward import logits
 from tests.models.yoco import every_kind, model_of, patched_or_not
 
@@ -26,6 +28,21 @@ def test_gradients_reach_every_weight_also_with_checkpointing(kind):
         assert grad is not None and bool(grad.abs().sum() > 0), name
         for other in found[1:]:
             torch.testing.assert_close(other[name], grad, rtol=1e-4, atol=1e-6)
+
+
+def test_in_mixed_precision_retention_is_given_one_dtype(monkeypatch):
+    """Others have no kernel; the projections are in 16 bits and RoPE in float32."""
+    given = []
+
+    def spy(*tensors, **options):
+        given.append({tensor.dtype for tensor in tensors[:3]})
+        return gated_retention(*tensors, **options)
+
+    monkeypatch.setattr(mixers, "gated_retention", spy)
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (19, 7)])
+    with torch.autocast("cpu", torch.bfloat16):
+        model_of("retention").train()(ids, attention_mask=mask.float(), labels=ids).loss.backward()
+    assert given == [{torch.bfloat16}] * 2
 
 
 @every_kind

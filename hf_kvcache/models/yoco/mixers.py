@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from hf_kvcache.attention import attend_windows
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
+from hf_kvcache.models.yoco.masks import by_blocks
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -36,10 +37,10 @@ class YocoRetention(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.head_dim = config, layer_idx, config.head_dim
         width = config.num_attention_heads * config.head_dim
-        self.q_proj, self.k_proj, self.v_proj, self.gate_proj = (
-            RetentionProjection(config.hidden_size, width, gain=2**-2.5) for _ in range(4)
+        self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.decay_proj = (
+            RetentionProjection(config.hidden_size, outputs, gain=2**-2.5)
+            for outputs in (*[width] * 4, config.num_attention_heads)
         )
-        self.decay_proj = nn.Linear(config.hidden_size, config.num_attention_heads, bias=False)
         self.o_proj = RetentionProjection(width, config.hidden_size, gain=2**-1)
 
     def forward(
@@ -63,6 +64,8 @@ class YocoRetention(nn.Module):
             # padding neither enters the state nor fades it
             key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
+        # RoPE's tables are in float32 in mixed precision, and the operator's kernels take one dtype
+        query, key = query.to(value.dtype), key.to(value.dtype)
         out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
@@ -126,13 +129,3 @@ class YocoAttention(nn.Module):
         else:
             out, weights = attend(query, key, value, attention_mask)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
-
-
-def by_blocks(config: YocoConfig, mask: Tensor | None, length: int, window: int | None) -> bool:
-    """Whether a window is short enough to be attended block by block, without a mask of the whole length.
-
-    Padding needs that mask, eager attention takes another kind, and Flash has windows of its own.
-    """
-    if window is None or length <= window or not (mask is None or (mask.dim() == 2 and bool(mask.all()))):
-        return False
-    return config._attn_implementation in ("sdpa", "hf_kvcache")

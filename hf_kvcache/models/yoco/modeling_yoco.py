@@ -15,18 +15,13 @@ Different from it: RoPE has transformers' frequencies and layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
-)
+from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
@@ -38,8 +33,9 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from hf_kvcache.models.yoco import masks
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
-from hf_kvcache.models.yoco.mixers import RetentionProjection, Rotary, YocoAttention, YocoRetention, by_blocks
+from hf_kvcache.models.yoco.mixers import RetentionProjection, Rotary, YocoAttention, YocoRetention
 from hf_kvcache.patches.early_exit import POSITIONS, positions_wanted
 
 
@@ -180,7 +176,8 @@ class YocoModel(YocoPreTrainedModel):
         # of the last positions, how many run through the cross-decoder
         rows = positions_to_keep if 0 < positions_to_keep < length else length
         # now, since the cache takes the new tokens below
-        mask = self._causal_mask(
+        mask = masks.cross_mask(
+            self.config,
             # what matters of it is its shape, dtype and device
             self.embed_tokens.weight[:1].expand(batch, length, -1).to(given.device),
             attention_mask,
@@ -208,30 +205,6 @@ class YocoModel(YocoPreTrainedModel):
         for layer in self.layers[below:]:
             hidden_states = layer(hidden_states, key, value, attention_mask=mask, position_embeddings=rotary, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _causal_mask(
-        self, inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor, rows: int
-    ) -> Tensor | None:
-        """The cross-decoder's mask for the last `rows` queries, in the form that the attention implementation takes.
-
-        A mask of all queries would be quadratic in the prompt. It is made only where it says more than which tokens are
-        padding: the caller gave such a mask, or several sequences in one row.
-        """
-        length = inputs_embeds.shape[1]
-        arguments: dict[str, Any] = {"config": self.config, "attention_mask": attention_mask}
-        given = attention_mask is not None and attention_mask.dim() != 2
-        alone = attention_mask is None and cache is None
-        if rows == length or given or (alone and find_packed_sequence_indices(position_ids) is not None):
-            mask = create_causal_mask(
-                inputs_embeds=inputs_embeds, past_key_values=cache, position_ids=position_ids, **arguments
-            )
-            return mask[:, :, -rows:] if mask is not None and mask.dim() == 4 else mask
-        if cache is not None:
-            seen, sizes = cache.get_seq_length(), cache.get_mask_sizes(length, self.config.num_self_decoder_layers)
-        else:
-            seen, sizes = 0, (length if attention_mask is None else attention_mask.shape[1], 0)
-        behind: Any = _Behind(seen + length - rows, sizes)
-        return create_causal_mask(inputs_embeds=inputs_embeds[:, -rows:], past_key_values=behind, **arguments)
 
     def _parts(self, length: int, wanted: int, mask: Tensor | None, cache: Cache | None) -> list[slice]:
         """The parts of a prompt that the self-decoder reads one after the other; the last holds what is wanted above.
@@ -265,8 +238,8 @@ class YocoModel(YocoPreTrainedModel):
         window_mask = token_mask = None
         length = inputs_embeds.shape[1]
         if self.config.self_decoder == "retention":
-            token_mask = _token_mask(attention_mask, length)
-        elif not by_blocks(self.config, attention_mask, length, self.config.sliding_window):
+            token_mask = masks.token_mask(attention_mask, length)
+        elif not masks.by_blocks(self.config, attention_mask, length, self.config.sliding_window):
             window_mask = create_sliding_window_causal_mask(**arguments)
         hidden_states = inputs_embeds * self.config.hidden_size**0.5
         rotary = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -280,42 +253,6 @@ class YocoModel(YocoPreTrainedModel):
                 **kwargs,
             )
         return hidden_states, rotary
-
-
-def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """`[B, length]`, 0 for padding among the new tokens; None where there is none."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2:
-        raise NotImplementedError(
-            f"gated retention takes a mask of padding [B, T], got one of shape {tuple(attention_mask.shape)}; "
-            "pass a 2-D mask, or use self_decoder='window'"
-        )
-    new = attention_mask[:, -length:]
-    return None if bool(new.all()) else new
-
-
-@dataclass(frozen=True)
-class _Behind:
-    """What `create_causal_mask` asks of a cache, as if all but the last queries had been read before.
-
-    Args:
-        offset: the place of the first of these queries.
-        sizes: number and place of the first of the keys, the new ones included.
-    """
-
-    offset: int
-    sizes: tuple[int, int]
-    is_compileable = False
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.offset
-
-    # what newer versions of transformers ask instead
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.sizes
 
 
 class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
