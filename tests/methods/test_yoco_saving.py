@@ -15,6 +15,7 @@ import hf_kvcache.models  # noqa: F401 - registers the class of saved models
 from hf_kvcache import Yoco, patch_model
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.patches.saving import add_plan
+from hf_kvcache.spec import LayerKind
 from hf_kvcache.testing import greedy, random_ids
 from tests.forward import logits
 from tests.methods.yoco import patched, residual_names, shake
@@ -159,4 +160,4 @@ def test_weights_of_another_plan_are_refused(tmp_path):
 
 def test_a_trained_plan_is_not_saved_alone(tmp_path):
     with pytest.raises(ValueError, match="save_pretrained"):
-        Yoco().plan((None,) * 4).save(tmp_path / "plan.safetensors")
+        Yoco().plan((LayerKind(None),) * 4).save(tmp_path / "plan.safetensors")
