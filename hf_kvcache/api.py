@@ -310,7 +310,9 @@ def make_probe(model: nn.Module, tokenizer: Any) -> ModelProbe:
     """What methods may ask of a supported, loaded model."""
     adapter = find_adapter(model)
     require_weights(model)
-    full = CacheSpec.full(sliding_windows(model), fingerprint(model), adapter.output, adapter.own_sharing(model))
+    full = CacheSpec.full(
+        sliding_windows(model), fingerprint(model), adapter.output, adapter.own_sharing(model), adapter.unrotated(model)
+    )
     return ModelProbe(model, adapter, full, tokenizer)
 
 

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_kvcache.autocast import lowered, without_autocast
 from hf_kvcache.eviction import Rotation
 from hf_kvcache.sharing import ResidualPlan, SharingPlan
 
@@ -147,6 +148,8 @@ class AttentionCall:
 
     def dense(self, key: Tensor, value: Tensor) -> Tensor:
         """The model's own attention over key and value `[B, H_kv, T, D]`; returns `[B, L, H_q, D]`."""
+        # a cache that was filled under another autocast holds another dtype
+        key, value = key.to(self.query.dtype), value.to(self.query.dtype)
         function, mask = _base_function(self.base, self.module, self.mask, self.query, key, self.softcap)
         return function(
             self.module, self.query, key, value, mask, scaling=self.scale, dropout=self.dropout, **self.extra
@@ -192,12 +195,14 @@ def attention(
     `positions_to_keep` is for the layers above (early exit) and is not handed on.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = lowered(query)[0]
     call = AttentionCall(module, query, attention_mask, scale, base, dropout, kv_rotation, kwargs)
     if not isinstance(key, Tensor):
-        return key.attend(call).to(query.device), None
+        with without_autocast(query.device):
+            return key.attend(call).to(query.device), None
     if kv_sharing is not None:
         key, value = (tensor.to(query.device) for tensor in kv_sharing.resolve(call, key, value))
-    return call.dense(key, value), None
+    return call.dense(*lowered(key, value)), None
 
 
 def causal_mask(length: int, tokens: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from hf_kvcache.attention import ResidualContext
+from hf_kvcache.autocast import lowered
 from hf_kvcache.layers import ConsumerLayer, KVCacheLayer, LayerSettings, SlidingLayer, StateLayer
 from hf_kvcache.persistence import save_cache
 from hf_kvcache.spec import STATE, CacheSpec
@@ -96,7 +97,7 @@ class KVCache(Cache):
             key_states, value_states = residual.mix(layer_idx, key_states, value_states)
             if layer_idx >= residual.plan.mixing[-1]:
                 self.residual = None
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return super().update(*lowered(key_states, value_states), layer_idx, *args, **kwargs)
 
     @property
     def pending(self) -> bool:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from hf_kvcache.autocast import without_autocast
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import KVCacheLayer, SlidingLayer, StateLayer
 
@@ -48,7 +49,9 @@ def settle(cache: KVCache, mask: Tensor | None, run: RunDecoder) -> None:
                 chosen = decided[index].cpu()
             layer_kept[torch.tensor(place)[:, None], :, columns[None]] = chosen.transpose(1, 2)
     for layer, layer_kept in zip(layers, kept, strict=True):
-        layer.seal_pending(layer_kept.to(layer.tail.key.device))
+        device = layer.tail.key.device
+        with without_autocast(device):
+            layer.seal_pending(layer_kept.to(device))
 
 
 def _decide(
@@ -74,7 +77,8 @@ def _decide(
                     positions = torch.arange(len(columns), len(columns) + tokens.shape[1]).expand(len(rows), -1)
                     seen = None if mask is None else torch.cat([mask[rows], mask.new_ones(tokens.shape)], dim=1)
                     run(tokens, seen, positions)
-        return policy.keep_layers([layer.observation() for layer in layers])
+        with without_autocast(layers[0].tail.key.device):
+            return policy.keep_layers([layer.observation() for layer in layers])
     finally:
         for layer in layers:
             layer.forget_observation()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hf_kvcache.codecs import Codec, DenseCodec
 from hf_kvcache.eviction import Allocator, EvictionPolicy, Scorer, Selector, TopK
@@ -33,6 +33,22 @@ SLOTS = {
 }
 
 
+class LayerKind(NamedTuple):
+    """What layers must have in common to read each other's keys and values, or to add them to their own.
+
+    Args:
+        window: tokens that a query sees, as in `CacheSpec`.
+        rotated: whether RoPE turns the layer's queries and keys. A query that is not turned sees in turned keys where
+            they stand, not how far behind it, and the other way round.
+    """
+
+    window: int | None
+    rotated: bool = True
+
+    def __str__(self) -> str:
+        return f"attention window {self.window} and {'RoPE' if self.rotated else 'no RoPE'}"
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """What a cache is made of.
@@ -40,6 +56,7 @@ class CacheSpec:
     Args:
         sliding_windows: for every layer of the model the size of its attention window, None for full attention, `STATE`
             for a layer without keys and values.
+        unrotated: the layers whose queries and keys RoPE does not turn.
         fingerprint: of the model (see `hf_kvcache.fingerprint`).
         output: the attribute of an attention module that projects its heads to the residual stream (W_O).
         sharing: which layers store KV.
@@ -65,6 +82,7 @@ class CacheSpec:
     every: int | None = None
     store: Store = DeviceStore()  # noqa: RUF009 - a frozen value
     prefix: PrefixSource | None = None
+    unrotated: tuple[int, ...] = ()
     filled_by: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +92,7 @@ class CacheSpec:
         fingerprint: str = "",
         output: str = "o_proj",
         sharing: SharingPlan | None = None,
+        unrotated: tuple[int, ...] = (),
     ) -> CacheSpec:
         """Every layer keeps every token as it is, on its device: the start of the fold, and `method=None`.
 
@@ -82,11 +101,18 @@ class CacheSpec:
         layers = len(sliding_windows)
         filled_by = {} if sharing is None else {"sharing": "the model's own architecture"}
         plan = sharing or SharingPlan.identity(layers)
-        return cls(sliding_windows, fingerprint, plan, (DenseCodec(),) * layers, output, filled_by=filled_by)
+        dense = (DenseCodec(),) * layers
+        return cls(sliding_windows, fingerprint, plan, dense, output, unrotated=unrotated, filled_by=filled_by)
 
     @property
     def num_layers(self) -> int:
         return len(self.sliding_windows)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Of every layer."""
+        windows = enumerate(self.sliding_windows)
+        return tuple(LayerKind(window, layer not in self.unrotated) for layer, window in windows)
 
     def fill(self, slot: str, value: Any, by: str) -> CacheSpec:
         """The spec with `slot` set to `value` by the method named `by`."""
@@ -148,12 +174,13 @@ class CacheSpec:
                 f"the sharing plan is for a model of {plan.num_layers} layers, this model has {self.num_layers}; "
                 "calibrate a plan for this model"
             )
-        for consumer in plan.consumers:
-            source = plan.source_layers[consumer]
-            if self.sliding_windows[consumer] != self.sliding_windows[source]:
+        kinds = self.kinds
+        added = () if plan.residual is None else plan.residual.sources
+        for layer, source in (*enumerate(plan.source_layers), *enumerate(added)):
+            if kinds[layer] != kinds[source]:
                 raise ValueError(
-                    f"layer {consumer} has attention window {self.sliding_windows[consumer]} and cannot read the KV of "
-                    f"layer {source} with window {self.sliding_windows[source]}; share within one layer type"
+                    f"layer {layer} has {kinds[layer]} and cannot take the KV of layer {source}, which has "
+                    f"{kinds[source]}; share within one layer type, or calibrate a plan for this model"
                 )
 
     def __deepcopy__(self, memo) -> CacheSpec:

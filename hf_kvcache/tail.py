@@ -43,7 +43,7 @@ class Tail:
     def append(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, n, D]` behind the tokens held."""
         end = self.length + key.shape[2]
-        if end > self.capacity or self._frozen:
+        if end > self.capacity or self._frozen or not self._holds(key, value):
             self._grow(end, key, value)
         for buffer, new in zip(self._buffers, (key, value), strict=True):
             buffer[:, :, self.length : end] = new
@@ -84,10 +84,19 @@ class Tail:
         """Whether the memory was made in inference mode and cannot be written to any more."""
         return bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
 
+    def _holds(self, *new: Tensor) -> bool:
+        """Whether the memory loses nothing of new tokens; autocast may have begun or ended since the first ones."""
+        pairs = zip(self._buffers, new, strict=True)
+        return all(buffer.dtype == torch.promote_types(buffer.dtype, tensor.dtype) for buffer, tensor in pairs)
+
     def _grow(self, needed: int, key: Tensor, value: Tensor) -> None:
         roomy = needed + max(MIN_GROWTH, needed // 8)
         capacity = self._reserved if self._reserved >= needed else roomy
-        grown = [new.new_empty(*new.shape[:2], capacity, new.shape[3]) for new in (key, value)]
+        held = self._buffers or [key, value]
+        grown = [
+            new.new_empty(*new.shape[:2], capacity, new.shape[3], dtype=torch.promote_types(new.dtype, old.dtype))
+            for new, old in zip((key, value), held, strict=True)
+        ]
         for buffer, old in zip(grown, self._buffers, strict=False):
             buffer[:, :, : self.length] = old[:, :, : self.length]
         self._buffers = grown

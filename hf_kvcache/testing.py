@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hf_kvcache.api import make_probe
 from hf_kvcache.eviction import Observation, Reading
 from hf_kvcache.patches.adapters import ADAPTERS
 
@@ -335,16 +336,14 @@ def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
-def sharing_maps(sliding_windows: Sequence[int | None]) -> dict[str, list[tuple[int, int]]]:
-    """(consumer, source) pairs that a model with these attention windows can share, by a name for each set.
+def sharing_maps(model: PreTrainedModel) -> dict[str, list[tuple[int, int]]]:
+    """(consumer, source) pairs of layers of an unpatched model that can share, by a name for each set.
 
-    Only layers with one window share; `several` has one producer with as many consumers as there can be.
+    Only layers of one kind share; `several` has one producer with as many consumers as there can be.
     """
+    kinds = make_probe(model, None).kinds
     pairs = [
-        (consumer, source)
-        for consumer, window in enumerate(sliding_windows)
-        for source in range(consumer)
-        if sliding_windows[source] == window
+        (consumer, source) for consumer, kind in enumerate(kinds) for source in range(consumer) if kinds[source] == kind
     ]
     nearest = max(pairs, key=lambda pair: pair[1] - pair[0])
     farthest = max(pairs, key=lambda pair: (pair[0] - pair[1], pair[0]))

@@ -6,8 +6,9 @@ The block is only a part of the context, so the result is a *partial* one: `merg
 all blocks by their log-sum-exp (the split-KV scheme of Flash-Decoding).
 
 Shapes: query `[B, H_kv, M, D]` with the query group folded into the rows (M = group size x number of queries), key and
-value `[B, H_kv, T, D]` with T >= 1, mask None, boolean (True = attend) or additive, broadcastable to `[B, H_kv, M, T]`.
-Returns out `[B, H_kv, M, D]` in the dtype of the query and lse `[B, H_kv, M]` in float32 (float64 for float64 inputs).
+value `[B, H_kv, T, D]` with T >= 1, each in any dtype, mask None, boolean (True = attend) or additive, broadcastable to
+`[B, H_kv, M, T]`. Returns out `[B, H_kv, M, D]` in the dtype of the query and lse `[B, H_kv, M]` in float32 (float64
+for float64 inputs).
 
 Folding the group into the rows reads each key once for the whole group; `repeat_kv` copies it once per query head, and
 SDPA's `enable_gqa` reads it once per query head.
@@ -69,7 +70,8 @@ def _fused(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's fused CPU kernel, which also returns the log-sum-exp; the plain formula where it does not apply."""
-    if softcap > 0 or query.dtype == torch.float64 or key.shape[-1] != value.shape[-1]:
+    same = query.dtype == key.dtype == value.dtype and key.shape[-1] == value.shape[-1]
+    if softcap > 0 or query.dtype == torch.float64 or not same:
         return decode_attention_reference(query, key, value, mask, scale, softcap)
     if mask is not None:
         mask = _additive(mask, query.dtype).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])

@@ -58,6 +58,11 @@ class Adapter:
     def find_attention(self, model: nn.Module, layer: int) -> nn.Module:
         return getattr(self.find_layers(model)[layer], self.attention)
 
+    def unrotated(self, model: nn.Module) -> tuple[int, ...]:
+        """The layers whose queries and keys RoPE does not turn."""
+        attentions = enumerate(getattr(layer, self.attention) for layer in self.find_layers(model))
+        return tuple(layer for layer, attention in attentions if not self.rotary.turns(attention))
+
     def own_sharing(self, model: nn.Module) -> SharingPlan | None:
         """What the architecture itself shares, None for nothing."""
         return None if self.sources is None else SharingPlan(tuple(getattr(model.config, self.sources)))

@@ -25,7 +25,7 @@ from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replac
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.patches.compiled import CompiledDecode
 from hf_kvcache.patches.prefix import adopt_prefix, store_prefix
-from hf_kvcache.patches.saving import save_pretrained
+from hf_kvcache.patches.saving import save_pretrained, upload
 from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
@@ -100,6 +100,7 @@ class Attachment:
                 self.adapter.find_layers(model)[layer].register_forward_pre_hook(early_exit.cut, with_kwargs=True)
         if self.spec.sharing.part_of_model and hasattr(model, "save_pretrained"):
             model.save_pretrained = partial(save_pretrained, model, self.spec.sharing)
+            model._upload_modified_files = partial(upload, model, self.spec.sharing)
         if self.spec.prefix is not None:
             decoder.register_forward_hook(store_prefix, with_kwargs=True)
         if self.spec.eviction is not None and self.spec.eviction.deferred:
@@ -122,7 +123,7 @@ class Attachment:
             _remove_hooks(module)
         for layer in self.residuals:
             self.adapter.find_attention(model, layer)._modules.pop(residual.ATTRIBUTE, None)
-        for name in ("_prepare_cache_for_generation", "save_pretrained"):
+        for name in ("_prepare_cache_for_generation", "save_pretrained", "_upload_modified_files"):
             model.__dict__.pop(name, None)
         model.__dict__.pop(ATTRIBUTE, None)
         # last, since it waits for what is still being written

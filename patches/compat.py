@@ -40,3 +40,8 @@ def reentrant_checkpointing(decoder: nn.Module) -> bool:
             function = getattr(module, "_gradient_checkpointing_func", None)
             return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
     return False
+
+
+def writes_checkpoints(model: nn.Module, is_main_process: bool) -> bool:
+    """Whether `save_pretrained` with this argument writes files in this process; old releases ask nothing else."""
+    return getattr(model, "should_save_on_this_rank", bool)(is_main_process)

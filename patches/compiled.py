@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_kvcache.autocast import autocasts
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import KVCacheLayer
 from hf_kvcache.layers.fixed import FixedTail
@@ -155,6 +156,9 @@ class CompiledDecode:
         if not isinstance(ids, Tensor) or ids.shape[1] != 1:
             return False
         if torch.is_grad_enabled() or self.model.training or kwargs.get("use_cache") is False:
+            return False
+        if autocasts(ids.device):
+            # the weights that it has cast are gone when it ends, and a recording would read where they were
             return False
         if kwargs.get("return_dict") is False or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
             return False

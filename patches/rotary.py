@@ -23,11 +23,13 @@ class Rotary:
     module: str = "rotary_emb"
     switch: str | None = None
 
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether `attention` applies the embedding."""
+        return self.switch is None or bool(getattr(attention, self.switch))
+
     def of(self, decoder: nn.Module, attention: nn.Module) -> RotaryEmbedding:
         """The embedding that `attention`, a module of `decoder`, applies."""
-        return RotaryEmbedding(
-            getattr(decoder, self.module), attention, self.switch is None or bool(getattr(attention, self.switch))
-        )
+        return RotaryEmbedding(getattr(decoder, self.module), attention, self.turns(attention))
 
 
 class RotaryEmbedding:

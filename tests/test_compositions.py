@@ -35,7 +35,7 @@ def methods(model, name: str, budget=BUDGET):
     """The methods behind a name, with plans that fit the model."""
     depth, heads = model.config.num_hidden_layers, model.config.num_attention_heads
     importance = HeadImportance(torch.rand(depth, heads, generator=torch.Generator().manual_seed(0)))
-    consumer = sharing_maps(sliding_windows(model))["adjacent"][:1]
+    consumer = sharing_maps(model)["adjacent"][:1]
     parts = {
         "sharer": KVSharer(plan=SharingPlan.from_pairs(depth, consumer)),
         "snapkv": SnapKV(window=4, budget=budget),

@@ -19,13 +19,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 AXES = {"sharing", "plan", "eviction", "codecs", "stores", "segment", "layout", "tail"}
-GROUND = {"clock", "kernels", "fingerprint", "progress", "safefile"}
+GROUND = {"autocast", "clock", "kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "deferred", "patches"}
 
 # group (a module or package directly in hf_kvcache) -> the groups that it may import
 LAYERS = {
     "kernels": {"kernels"},
+    "autocast": set(),
     "clock": set(),
     "fingerprint": set(),
     "progress": set(),

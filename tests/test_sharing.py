@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hf_kvcache import KVSharer, SharingPlan, patch_model, unpatch_model
-from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.testing import greedy, random_ids, sharing_maps, tiny_model
 
 
@@ -133,7 +132,7 @@ def test_consumers_never_project_keys_and_values(family, monkeypatch):
     for module in (module for pair in projections for module in pair):
         hooked[module] = 0
         module.register_forward_hook(lambda module, args, out: hooked.__setitem__(module, hooked[module] + 1))
-    plan = SharingPlan.from_pairs(4, sharing_maps(sliding_windows(model))["several"])
+    plan = SharingPlan.from_pairs(4, sharing_maps(model)["several"])
     assert plan.consumers
     patch_model(model, KVSharer(plan=plan))
     counted = CountingLinear(monkeypatch)

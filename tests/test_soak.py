@@ -36,7 +36,6 @@ from hf_kvcache import (
     unpatch_model,
 )
 from hf_kvcache.layers import KVCacheLayer
-from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.testing import FAMILIES, left_pad, live_bytes, model_state, random_ids, sharing_maps, tiny_model
 
 SMALL = {
@@ -119,7 +118,7 @@ class Case:
         rng, config = self.rng, self.plain.config
         depth, found = config.num_hidden_layers, []
         if rng.random() < 0.3:
-            pairs = rng.choice(list(sharing_maps(sliding_windows(self.plain)).values()))
+            pairs = rng.choice(list(sharing_maps(self.plain).values()))
             found.append(KVSharer(plan=SharingPlan.from_pairs(depth, pairs)))
         if rng.random() < 0.7:
             found += self._eviction()

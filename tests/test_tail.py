@@ -35,6 +35,17 @@ def test_what_is_appended_comes_back(counts):
     assert torch.equal(tail.key, key) and torch.equal(tail.value, value)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_tokens_of_two_dtypes_lose_nothing(dtypes):
+    parts = [tuple(part.to(dtype) for part in tokens(3, seed)) for seed, dtype in enumerate(dtypes)]
+    tail = Tail()
+    for part in (*parts, parts[1]):
+        tail.append(*part)
+    for held, given in zip((tail.key, tail.value), zip(*parts, parts[1], strict=True), strict=True):
+        assert held.dtype == torch.float32
+        assert torch.equal(held, torch.cat([part.float() for part in given], dim=2))
+
+
 def test_inputs_are_copied():
     key, value = tokens(4)
     tail = Tail()

@@ -71,7 +71,7 @@ class ModelProbe:
 
     def __init__(self, model: nn.Module, adapter: Adapter, full: CacheSpec, tokenizer: Any = None) -> None:
         self.model, self.adapter, self.full, self.tokenizer = model, adapter, full, tokenizer
-        self.num_layers, self.sliding_windows = full.num_layers, full.sliding_windows
+        self.num_layers, self.kinds = full.num_layers, full.kinds
         self.fingerprint = full.fingerprint
         self.layers = adapter.find_layers(model)
         self._texts: Calibration = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.attention import AttentionCall
+from hf_kvcache.autocast import without_autocast
 from hf_kvcache.eviction import Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
@@ -331,7 +332,8 @@ class KVCacheLayer(OwnLayer):
     def _settle(self) -> None:
         """Seals a prompt whose forward ended before its last reader: an early exit, or an error on the way."""
         if self._fresh is not None:
-            self._finish_forward(self._fresh_mask, 0)
+            with without_autocast(self._fresh[0].device):
+                self._finish_forward(self._fresh_mask, 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens: `-tokens_to_remove` of them, or all but `tokens_to_remove` when that is positive."""

@@ -17,9 +17,9 @@ is worse than its opposite (kvsharer_orders.csv). Steps 2 and 4 are computed as 
 by position, and the mean over texts of cosines.
 
 Different from the reference code: consumers do not compute the keys and values that they would throw away, only layers
-with the same attention window share, a search that ends early says how far it got and keeps what it found (the paper
-returns None), the texts have no BOS token, and the cache is appended by layer (the reference overwrites the history of
-upper layers in decoding).
+of one kind share (the same attention window, and RoPE or none), a search that ends early says how far it got and keeps
+what it found (the paper returns None), the texts have no BOS token, and the cache is appended by layer (the reference
+overwrites the history of upper layers in decoding).
 """
 
 from __future__ import annotations
@@ -99,11 +99,9 @@ class KVSharer(Method):
         return model.heal(plan) if self.heal else plan
 
     def ordered_pairs(self, model: CalibrationModel) -> list[tuple[int, int]]:
-        """The (consumer, source) pairs of layers of one attention type, in the order in which to try them."""
-        windows = model.sliding_windows
-        pairs = [
-            (high, low) for low, high in itertools.combinations(range(len(windows)), 2) if windows[low] == windows[high]
-        ]
+        """The (consumer, source) pairs of layers of one kind, in the order in which to try them."""
+        kinds = model.kinds
+        pairs = [(high, low) for low, high in itertools.combinations(range(len(kinds)), 2) if kinds[low] == kinds[high]]
         if self.order == "random":
             random.Random(self.seed).shuffle(pairs)
             return pairs

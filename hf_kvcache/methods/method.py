@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.sharing import SharingPlan
-from hf_kvcache.spec import CacheSpec
+from hf_kvcache.spec import CacheSpec, LayerKind
 
 
 class CalibrationModel(Protocol):
@@ -20,7 +20,7 @@ class CalibrationModel(Protocol):
 
     num_layers: int
     fingerprint: str
-    sliding_windows: tuple[int | None, ...]
+    kinds: tuple[LayerKind, ...]
 
     def use_texts(self, texts: Any, samples: int, length: int) -> None:
         """Tokenises `texts` (None for the shipped sample) into `samples` rows of `length` tokens."""

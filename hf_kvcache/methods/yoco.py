@@ -14,8 +14,8 @@ Keys are mixed after RoPE, the mixed KV is stored, and the layer itself reads it
 of the model, lambda = 35 is fixed, and a = c = 0, b = d = 1/lambda at the start, where yoco++ is yoco. Neither is meant
 for a model that was not trained for it: convert it (`hf_kvcache.convert`) or train it.
 
-Different from the reference: any attention implementation, any split, and only layers with the same attention window
-share (the source is then the last lower layer of the same kind).
+Different from the reference: any attention implementation, any split, and only layers of one kind share (the
+same attention window, and RoPE or none; the source is then the last lower layer of that kind).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import ClassVar
 
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.sharing import ResidualPlan, SharingPlan
-from hf_kvcache.spec import CacheSpec
+from hf_kvcache.spec import CacheSpec, LayerKind
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,30 @@ class Yoco(Method):
             )
 
     def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
-        return spec.fill("sharing", self.plan(spec.sliding_windows), by=self.name)
+        return spec.fill("sharing", self.plan(spec.kinds), by=self.name)
 
-    def plan(self, windows: tuple[int | None, ...]) -> SharingPlan:
-        """The plan for a model with these attention windows."""
-        layers = len(windows)
+    def plan(self, kinds: tuple[LayerKind, ...]) -> SharingPlan:
+        """The plan for a model with layers of these kinds."""
+        layers = len(kinds)
         kept = owning_layers(self.split, layers)
         sources = list(range(kept))
         for layer in range(kept, layers):
-            below = [source for source in range(kept) if windows[source] == windows[layer]]
+            below = [source for source in range(kept) if kinds[source] == kinds[layer]]
             if not below:
                 raise ValueError(
-                    f"layer {layer} has attention window {windows[layer]}, and none of the {kept} layers that keep "
-                    "their KV has the same; raise split"
+                    f"layer {layer} has {kinds[layer]}, and none of the {kept} layers that keep their KV has the same; "
+                    "raise split"
                 )
             sources.append(below[-1])
         return SharingPlan(
             tuple(sources),
             settings={"method": self.name, "split": str(self.split)},
-            residual=self.residual(windows, kept),
+            residual=self.residual(kinds, kept),
             early_exit=self.early_exit,
             part_of_model=True,
         )
 
-    def residual(self, windows: tuple[int | None, ...], kept: int) -> ResidualPlan | None:
+    def residual(self, kinds: tuple[LayerKind, ...], kept: int) -> ResidualPlan | None:
         """Which layers add the KV of the bottom layer: none."""
         return None
 
@@ -99,9 +99,9 @@ class YocoPlusPlus(Yoco):
         if not self.residual_scale > 0:
             raise ValueError(f"residual_scale must be positive, got {self.residual_scale}")
 
-    def residual(self, windows: tuple[int | None, ...], kept: int) -> ResidualPlan | None:
+    def residual(self, kinds: tuple[LayerKind, ...], kept: int) -> ResidualPlan | None:
         """All layers that keep their KV but the bottom one of each kind."""
-        sources = [windows.index(window) if layer < kept else layer for layer, window in enumerate(windows)]
+        sources = [kinds.index(kind) if layer < kept else layer for layer, kind in enumerate(kinds)]
         plan = ResidualPlan(tuple(sources), self.residual_scale)
         return plan if plan.mixing else None
 

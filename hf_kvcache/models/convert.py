@@ -76,7 +76,7 @@ def convert(
     require_unpatched(target, "a model is converted from its untouched form")
     with torch.inference_mode(False), torch.no_grad():
         probe = make_probe(target, tokenizer)
-        plan = method.plan(probe.sliding_windows)
+        plan = method.plan(probe.kinds)
         if init == "heal":
             probe.use_texts(calibration, SAMPLES, LENGTH)
             _bake(probe, probe.heal(SharingPlan(plan.source_layers, settings=plan.settings)))

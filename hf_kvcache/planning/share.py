@@ -55,15 +55,25 @@ class Sharing:
         self._healed: dict[tuple[int, ...], SharingPlan] = {}
 
     @property
+    def candidates(self) -> list[tuple[int, int]]:
+        """(consumer, source): each layer with the nearest one below that is of its kind."""
+        kinds, found = self.probe.kinds, []
+        for place, consumer in enumerate(self.layers):
+            below = [layer for layer in self.layers[:place] if kinds[layer] == kinds[consumer]]
+            if below:
+                found.append((consumer, below[-1]))
+        return found
+
+    @property
     def possible(self) -> bool:
         """Whether there are pairs, no map that came with the model, and text enough to fit a projection to."""
-        return len(self.layers) > 1 and self.probe.full.sharing.is_identity and self.ids.numel() >= LEAST_TOKENS
+        return bool(self.candidates) and self.probe.full.sharing.is_identity and self.ids.numel() >= LEAST_TOKENS
 
     def price(self, done: Callable[[], None] = lambda: None) -> list[Pair]:
-        """Each layer with the nearest one below, the cheapest first. The model's projections have to be plain ones."""
+        """The candidates, the cheapest first. The model's projections have to be plain ones."""
         self.probe.use_texts(self.ids, 1, self.ids.shape[1])
         pairs = []
-        for source, consumer in zip(self.layers, self.layers[1:]):
+        for consumer, source in self.candidates:
             loss = self.questions * self.probe.healed_divergence(consumer, source)
             pairs.append(Pair(consumer, source, loss))
             done()

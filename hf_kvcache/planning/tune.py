@@ -125,7 +125,7 @@ class Tuner:
             return []
         start = time.perf_counter()
         try:
-            with progress("measuring what sharing costs", len(self.costs.layers) - 1) as step:
+            with progress("measuring what sharing costs", len(self.sharing.candidates)) as step:
                 found = self.sharing.price(step)
         except NotImplementedError as error:
             self.say(f"no layer will share: {error}")

@@ -24,7 +24,7 @@ def probe_of(model) -> ModelProbe:
 def test_final_hidden_is_that_of_a_full_forward(family):
     model = tiny_model(family)
     probe = probe_of(model)
-    for pairs in sharing_maps(sliding_windows(model)).values():
+    for pairs in sharing_maps(model).values():
         plan = SharingPlan.from_pairs(4, pairs)
         hidden = probe.final_hidden(plan)
         patch_model(model, KVSharer(plan=plan))

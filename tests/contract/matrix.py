@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from hf_kvcache import KVSharer, Method, Offload, SharingPlan, patch_model
-from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.testing import sharing_maps, tiny_model
 
 SIX_LAYERS = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3}
@@ -59,7 +58,7 @@ def methods_of(model, method: str) -> list[Method] | None:
     """The methods behind a name of `METHODS`, with plans that fit the model."""
     if method == "none":
         return None
-    maps = sharing_maps(sliding_windows(model))
+    maps = sharing_maps(model)
     depth = model.config.num_hidden_layers
     return [
         Offload() if part == "offload" else KVSharer(plan=SharingPlan.from_pairs(depth, maps[part]))

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_kvcache import KVSharer, SharingPlan, patch_model
-from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.api import make_probe
 from hf_kvcache.testing import FAMILIES, random_ids
 from tests.contract.matrix import every_family, fresh, generate, methods_of, original
 from tests.forward import close, logits
@@ -25,15 +25,15 @@ class SharedReference(DynamicCache):
         return self.handed_out[self.source_layers[layer_idx]]
 
 
-def random_plan(windows, seed: int) -> SharingPlan:
+def random_plan(model, seed: int) -> SharingPlan:
     """A random map within layer types; chains come up and resolve."""
-    choose = random.Random(seed)
+    choose, kinds = random.Random(seed), make_probe(model, None).kinds
     pairs = []
-    for consumer in range(1, len(windows)):
-        sources = [source for source in range(consumer) if windows[source] == windows[consumer]]
+    for consumer in range(1, len(kinds)):
+        sources = [source for source in range(consumer) if kinds[source] == kinds[consumer]]
         if sources and choose.random() < 0.6:
             pairs.append((consumer, choose.choice(sources)))
-    return SharingPlan.from_pairs(len(windows), pairs)
+    return SharingPlan.from_pairs(len(kinds), pairs)
 
 
 def assert_cached_is_full_pass(family: str, plan: SharingPlan):
@@ -52,8 +52,8 @@ def assert_cached_is_full_pass(family: str, plan: SharingPlan):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_cached_generation_is_one_full_pass(family, seed):
-    windows = sliding_windows(original(family))
-    assert_cached_is_full_pass(family, random_plan(windows, seed=FAMILIES.index(family) + 100 * seed))
+    plan = random_plan(original(family), seed=FAMILIES.index(family) + 100 * seed)
+    assert_cached_is_full_pass(family, plan)
 
 
 @every_family
@@ -66,7 +66,7 @@ def test_cached_generation_is_one_full_pass_for_named_maps(family, method):
 def test_sharing_changes_the_result(seed):
     """Without this the laws above could hold for a sharing that does nothing."""
     model = fresh("llama")
-    plan = random_plan(sliding_windows(model), seed)
+    plan = random_plan(model, seed)
     ids = random_ids(length=14)
     shared = logits(patch_model(model, KVSharer(plan=plan)), ids)
     same = torch.allclose(shared, logits(original("llama"), ids), atol=1e-2)

@@ -9,7 +9,6 @@ import transformers
 from packaging.version import Version
 
 from hf_kvcache import KVSharer, SharingPlan, patch_model
-from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.testing import left_pad, random_ids, sharing_maps, tiny_model
 
 # seen with 5.14 and 5.17, not with 5.23
@@ -36,7 +35,7 @@ def patch(model, method: str):
     """Patches with nothing lost, or with as many consumers of one producer as there can be."""
     if method == "none":
         return patch_model(model, method=None)
-    pairs = sharing_maps(sliding_windows(model))["several"]
+    pairs = sharing_maps(model)["several"]
     return patch_model(model, KVSharer(plan=SharingPlan.from_pairs(model.config.num_hidden_layers, pairs)))
 
 

@@ -115,6 +115,24 @@ def test_scales(scale):
     check(*inputs(), scale=scale)
 
 
+@pytest.mark.parametrize("kind", ["no mask", "boolean"])
+@pytest.mark.parametrize("low", ["q", "k", "v", "qk", "kv", "qv"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_each_tensor_may_have_its_own_dtype(dtype, low, kind):
+    """Under autocast RoPE makes float32 of queries and keys, and values stay as their projection made them."""
+    given = dict(zip("qkv", inputs(), strict=True))
+    query, key, value = (tensor.to(dtype if name in low else tensor.dtype) for name, tensor in given.items())
+    mask = random_mask(kind, (2, 1, 3, 63))
+    out, lse = decode_attention(query, key, value, mask, scale=0.125)
+    assert out.dtype == query.dtype and lse.dtype == torch.float32
+    exact_out, exact_lse = oracle(query, key, value, mask, 0.125)
+    # weights are rounded to the dtype of the values, the result to that of the query
+    plain, _ = eager(*(tensor.float() for tensor in (query, key, value)), mask, 0.125)
+    assert_close("out", out, exact_out, plain.to(dtype if set(low) & set("qv") else query.dtype))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    torch.library.opcheck(torch.ops.hf_kvcache.decode_attention.default, (query, key, value, mask, 0.125, 0.0))
+
+
 def test_value_may_be_narrower_than_key():
     query, key, value = inputs()
     out, lse = decode_attention(query, key, value[..., :40].contiguous(), scale=0.1)

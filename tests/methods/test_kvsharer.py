@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from hf_kvcache import KVSharer, SharingPlan, new_cache, patch_model, unpatch_model
 from hf_kvcache.fingerprint import fingerprint
 from hf_kvcache.patches.compat import sliding_windows
+from hf_kvcache.spec import LayerKind
 from hf_kvcache.testing import greedy, model_state, random_ids, tiny_model
 
 CALIBRATION = random_ids(batch=30, length=64, seed=11)
@@ -266,7 +267,7 @@ class Scored:
     """A model of which only the healed divergence of its pairs is known."""
 
     num_layers, fingerprint = 6, ""
-    sliding_windows = (None,) * 6
+    kinds = (LayerKind(None),) * 6
 
     def __init__(self, divergence):
         self.divergence, self.asked = divergence, []

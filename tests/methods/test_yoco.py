@@ -7,6 +7,7 @@ import torch
 
 from hf_kvcache import Yoco, YocoPlusPlus, patch_model, report
 from hf_kvcache.patches.attach import require_attached
+from hf_kvcache.spec import LayerKind
 from hf_kvcache.testing import greedy, live_bytes, random_ids
 from tests.forward import close, logits
 from tests.methods.yoco import DEEP, every_family, fresh, patched, residual_names, shake
@@ -32,10 +33,10 @@ def test_cached_decoding_is_one_full_pass_with_residuals(family):
 
 
 def test_layers_of_one_kind_share():
-    windows = (8, None, 8, None, 8, None)
-    plan = Yoco(split=4).plan(windows)
-    assert plan.source_layers == (0, 1, 2, 3, 2, 3)
-    assert YocoPlusPlus(split=4).plan(windows).residual.sources == (0, 1, 0, 1, 4, 5)
+    for kinds in ((LayerKind(8), LayerKind(None)), (LayerKind(None), LayerKind(None, rotated=False))):
+        plan = Yoco(split=4).plan(kinds * 3)
+        assert plan.source_layers == (0, 1, 2, 3, 2, 3)
+        assert YocoPlusPlus(split=4).plan(kinds * 3).residual.sources == (0, 1, 0, 1, 4, 5)
 
 
 @pytest.mark.parametrize("method", ["yoco", "yoco++"])

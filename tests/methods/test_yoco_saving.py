@@ -2,13 +2,20 @@
 
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_kvcache.models  # noqa: F401 - registers the class of saved models
 from hf_kvcache import Yoco, patch_model
+from hf_kvcache.patches.attach import require_attached
+from hf_kvcache.patches.saving import add_plan
+from hf_kvcache.spec import LayerKind
 from hf_kvcache.testing import greedy, random_ids
 from tests.forward import logits
 from tests.methods.yoco import patched, residual_names, shake
@@ -50,6 +57,56 @@ def test_loaded_by_the_name_of_a_repository(options, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     place = {"cache_dir": str(tmp_path), "local_files_only": True}
     same(model, AutoModelForCausalLM.from_pretrained("somebody/some-model", **place))
+
+
+class Hub:
+    """What transformers calls of the hub; remembers the files it was sent."""
+
+    def __init__(self):
+        self.sent = {}
+
+    def create_repo(self, repo_id, **options):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, operations, **options):
+        self.sent |= {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+
+
+@pytest.mark.parametrize("call", ["save_pretrained", "push_to_hub"])
+def test_the_copy_on_the_hub_has_the_plan(call, tmp_path, monkeypatch):
+    hub = Hub()
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *args, **kwargs: MagicMock())
+    model = shake(patched())
+    if call == "push_to_hub":
+        model.push_to_hub("somebody/some-model")
+    else:
+        model.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="somebody/some-model", commit_message="new")
+        same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "here"))
+    (tmp_path / "there").mkdir()
+    for name, content in hub.sent.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "there"))
+
+
+def test_only_the_process_that_saves_writes_the_configuration(tmp_path):
+    model = shake(patched())
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "config.json").exists()
+    model.save_pretrained(save_directory=tmp_path)
+    written = (tmp_path / "config.json").read_bytes()
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert (tmp_path / "config.json").read_bytes() == written
+    same(model, AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_plan_is_added_once(tmp_path):
+    model = patched()
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "config.json").read_bytes()
+    add_plan(require_attached(model).spec.sharing, tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == written
 
 
 def test_trained_resumed_and_loaded(tmp_path):
@@ -103,4 +160,4 @@ def test_weights_of_another_plan_are_refused(tmp_path):
 
 def test_a_trained_plan_is_not_saved_alone(tmp_path):
     with pytest.raises(ValueError, match="save_pretrained"):
-        Yoco().plan((None,) * 4).save(tmp_path / "plan.safetensors")
+        Yoco().plan((LayerKind(None),) * 4).save(tmp_path / "plan.safetensors")

@@ -19,7 +19,6 @@ from hf_kvcache import (
     TurboQuant,
     patch_model,
 )
-from hf_kvcache.patches.compat import sliding_windows
 from hf_kvcache.testing import greedy, random_ids, sharing_maps, tiny_model
 
 PAGE = 8
@@ -67,7 +66,7 @@ def original(family):
 def methods(model, name):
     depth = model.config.num_hidden_layers
     parts = {
-        "sharer": KVSharer(plan=SharingPlan.from_pairs(depth, sharing_maps(sliding_windows(model))["adjacent"][:1])),
+        "sharer": KVSharer(plan=SharingPlan.from_pairs(depth, sharing_maps(model)["adjacent"][:1])),
         "snapkv": SnapKV(window=4, budget=16),
         "h2o": H2O(budget=16),
         "kvzip": KVzip(instructions=((5, 6, 7), (8, 9)), chunk=16, budget=16),
