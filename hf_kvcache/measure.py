@@ -109,4 +109,7 @@ def cache_bytes(cache: Any) -> int:
 def _layer_tensors(layer: Any) -> Iterable[Tensor]:
     if isinstance(layer, (KVCacheLayer, SlidingLayer, StateLayer, ConsumerLayer)):
         return layer.tensors()
-    return [tensor for tensor in (layer.keys, layer.values) if tensor is not None]
+    # a layer of transformers holds keys and values, or states, or both; which, only its attributes say
+    states = [tensor for name in ("recurrent_states", "conv_states") for tensor in getattr(layer, name, {}).values()]
+    held = [getattr(layer, "keys", None), getattr(layer, "values", None), *states]
+    return [tensor for tensor in held if tensor is not None]

@@ -214,6 +214,7 @@ class _Bench:
         for window, full in zip(self.windows, self._full, strict=True):
             cache = compress(self.model, window.context)
             held = report(cache)
+            # of the bytes as they are held: what a model in float32 keeps dense counts with its 32 bits
             bits = 8 * next(self.model.parameters()).element_size()
             ratios.append(held.full_bytes / held.bytes * 16 / bits)
             if not heads:

@@ -1,8 +1,7 @@
 """A cache by plan: `patch_model(model, plan=...)` and `patch_model(model, target_ratio=8)`.
 
-A `CachePlan` says for every layer and head what is kept and in how many bits. No new mechanism is needed for it: a plan
-is a composition of the methods here, with the scorer it names, HeadKV's budgets in proportion to its shares, TurboQuant
-with bits by layer, and KVSharer's map.
+A `CachePlan` says for every layer and head what is kept and in how many bits. A plan is a composition of the methods
+here: the scorer it names under its shares (`head_shares`), TurboQuant with bits by layer, and KVSharer's map.
 
 `target_ratio` alone takes a plan that was made without any measurement of the model: the same for all layers and heads,
 from a table that was chosen on two small models (`examples/benchmarks/plans.py`). A measured plan loses less.
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.fingerprint import matches
-from hf_kvcache.methods.headkv import HeadKV
+from hf_kvcache.methods.head_shares import HeadShares
 from hf_kvcache.methods.kvsharer import KVSharer
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.methods.turboquant import TurboQuant
@@ -143,8 +141,7 @@ def methods_of(plan: CachePlan, spec: CacheSpec) -> list[Method]:
             layer for layer, window in enumerate(spec.sliding_windows) if window is None and sources[layer] == layer
         ]
         mean = float(plan.kept[owners].mean()) if owners else 1.0
-        importance = HeadImportance(plan.kept[sources], plan.fingerprint)
-        found += [METHODS[plan.scorer](budget=mean), HeadKV(importance=importance, beta=1.0)]  # type: ignore[call-arg]
+        found += [METHODS[plan.scorer](budget=mean), HeadShares(plan.kept)]  # type: ignore[call-arg]
     if bool((plan.bits != DENSE).any()):
         key_bits, value_bits = plan.bits.T.tolist()
         found.append(TurboQuant(key_bits=key_bits, value_bits=value_bits))

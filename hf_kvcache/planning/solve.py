@@ -7,6 +7,8 @@ until the plan is small enough (Lagrange); what is left of the bytes then goes w
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,23 +30,23 @@ def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan,
     Raises:
         ValueError: when not even the smallest choices reach the ratio.
     """
-    loss, size = costs.loss.double(), sizes(costs)
+    loss, sizes = costs.loss.double(), Sizes.of(costs)
     heads = loss.shape[-1]
     allowed = float(costs.full_bytes.double().sum()) * heads / ratio
-    smallest = float(size.min(1).values.min(1).values.sum()) * heads
+    smallest = float(torch.minimum(sizes.evicted.amin((1, 2)), sizes.whole.amin(1)).sum()) * heads
     if smallest > allowed:
         raise ValueError(
             f"the smallest plan is {float(costs.full_bytes.sum()) * heads / smallest:.1f} times smaller than 16 bits, "
             f"but {ratio} was asked for; ask for less"
         )
     low, high = 0.0, 1.0
-    while _bytes(size, *_best(loss, size, high)) > allowed:
+    while sizes.total(*_best(loss, sizes, high)) > allowed:
         high *= 4
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if _bytes(size, *_best(loss, size, middle)) <= allowed else (middle, high)
-    width, kept = _best(loss, size, high)
-    kept = _fill(loss, size, width, kept, allowed)
+        low, high = (low, middle) if sizes.total(*_best(loss, sizes, middle)) <= allowed else (middle, high)
+    width, kept = _best(loss, sizes, high)
+    kept = _fill(loss, sizes, width, kept, allowed)
     # layers that were not measured hold a window or another layer's KV, and no entry of theirs is looked at
     shares = torch.ones(costs.num_layers, heads)
     bits = torch.full((costs.num_layers, 2), 8)
@@ -56,43 +58,63 @@ def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan,
     return CachePlan(shares, bits, costs.scorer, None, fingerprint), expected
 
 
-def sizes(costs: Costs) -> Tensor:
-    """Bytes that each choice keeps of one token of one head, `[layers, widths, kept]`."""
-    kept = torch.tensor(costs.kept, dtype=torch.float64)
-    evicted = torch.where(kept < 1, POSITION_BYTES, 0)
-    return (costs.entry_bytes.double()[..., None] + evicted) * kept
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that each choice keeps of one token of one head.
+
+    Args:
+        evicted: in a layer of which some head drops something, `[layers, widths, kept]`: with the column of each entry,
+            also of a head that drops nothing itself.
+        whole: in a layer that keeps everything, `[layers, widths]`.
+    """
+
+    evicted: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, costs: Costs) -> Sizes:
+        """The sizes of the choices of `costs`."""
+        whole = costs.entry_bytes.double()
+        return cls((whole[..., None] + POSITION_BYTES) * torch.tensor(costs.kept, dtype=torch.float64), whole)
+
+    def by_layer(self, width: Tensor, kept: Tensor) -> Tensor:
+        """Bytes of every layer, `[layers]`, with widths `[layers]` and shares `[layers, H]`, both as indices."""
+        row = torch.arange(len(width))
+        evicted = self.evicted[row[:, None], width[:, None], kept].sum(-1)
+        return torch.where((kept == 0).all(-1), self.whole[row, width] * kept.shape[1], evicted)
+
+    def total(self, width: Tensor, kept: Tensor) -> float:
+        """Bytes of all layers."""
+        return float(self.by_layer(width, kept).sum())
 
 
-def _best(loss: Tensor, size: Tensor, price: float) -> tuple[Tensor, Tensor]:
+def _best(loss: Tensor, sizes: Sizes, price: float) -> tuple[Tensor, Tensor]:
     """The choice of every layer and head at a price of a byte: index of widths `[layers]`, of kept `[layers, H]`."""
-    paid = loss + price * size[..., None]
-    least, kept = paid.min(2)
-    width = least.sum(-1).argmin(1)
-    return width, kept[torch.arange(len(width)), width]
+    least, kept = (loss + price * sizes.evicted[..., None]).min(2)
+    evicted, whole = least.sum(-1), (loss[:, :, 0] + price * sizes.whole[..., None]).sum(-1)
+    width = torch.minimum(evicted, whole).argmin(1)
+    row = torch.arange(len(width))
+    drops = (evicted < whole)[row, width]
+    return width, torch.where(drops[:, None], kept[row, width], 0)
 
 
-def _bytes(size: Tensor, width: Tensor, kept: Tensor) -> float:
-    row = torch.arange(len(width))[:, None]
-    return float(size[row, width[:, None], kept].sum())
-
-
-def _fill(loss: Tensor, size: Tensor, width: Tensor, kept: Tensor, allowed: float) -> Tensor:
+def _fill(loss: Tensor, sizes: Sizes, width: Tensor, kept: Tensor, allowed: float) -> Tensor:
     """Raises shares one by one, the step that buys most first, while the bytes allow it."""
-    kept = kept.clone()
-    left = allowed - _bytes(size, width, kept)
+    row = torch.arange(len(width))
     while True:
+        held = sizes.by_layer(width, kept)
+        left = allowed - float(held.sum())
         steps = []
-        for layer in range(len(width)):
-            for head in range(kept.shape[1]):
-                now = int(kept[layer, head])
-                if now == 0:
-                    continue
-                grown = float(size[layer, width[layer], now - 1] - size[layer, width[layer], now])
-                gained = float(loss[layer, width[layer], now, head] - loss[layer, width[layer], now - 1, head])
-                if grown <= left and gained > 0:
-                    steps.append((gained / grown, layer, head, grown))
+        for head in range(kept.shape[1]):
+            grown = kept.clone()
+            grown[:, head] = (kept[:, head] - 1).clamp_min(0)
+            cost = sizes.by_layer(width, grown) - held
+            gain = loss[row, width, kept[:, head], head] - loss[row, width, grown[:, head], head]
+            for layer in torch.nonzero((gain > 0) & (cost <= left))[:, 0].tolist():
+                # the last head of a layer to keep everything saves the columns of the others, too
+                steps.append((float(gain[layer]) / max(float(cost[layer]), 1e-9), layer, head))
         if not steps:
             return kept
-        _, layer, head, grown = max(steps)
+        _, layer, head = max(steps)
+        kept = kept.clone()
         kept[layer, head] -= 1
-        left -= grown

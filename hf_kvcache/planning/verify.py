@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from hf_kvcache.api import compress, patch_model, unpatch_model
-from hf_kvcache.measure import Continuation, cache_bytes, continued, kl_divergence
+from hf_kvcache.cache import KVCache
+from hf_kvcache.layers import StateLayer
+from hf_kvcache.measure import Continuation, continued, kl_divergence
 from hf_kvcache.planning.windows import Question, Window
-from hf_kvcache.report import report
+from hf_kvcache.report import report, storage_bytes
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Verified:
     Args:
         continuation: KL(full || compressed) on how the text goes on, nats a token.
         quotation: the same on a passage of the context repeated word for word.
-        ratio: bytes of a full 16-bit cache divided by the bytes held.
+        ratio: bytes of a full 16-bit cache divided by the bytes held, both as in a model in 16 bits.
     """
 
     continuation: float
@@ -64,11 +66,11 @@ def verify(
     """
     patch_model(model, method, tokenizer=tokenizer, **options)
     try:
-        divergences, held, whole = [], 0, 0.0
+        divergences, held, whole = [], 0.0, 0.0
         for window, expected in zip(windows, full, strict=True):
             cache = compress(model, window.context)
-            held += cache_bytes(cache)
-            whole += report(cache).full_bytes * 2 / _item_size(model)
+            sizes = bytes_in_16_bits(cache, _dtype(model))
+            held, whole = held + sizes[0], whole + sizes[1]
             divergences.append(
                 [
                     kl_divergence(reference, predictions(model, cache, window, question))
@@ -87,5 +89,20 @@ def predictions(model: Any, cache: Any, window: Window, question: Question) -> C
     return Continuation(found.log_probs[question.first :], found.targets[question.first :], found.kv_bytes)
 
 
-def _item_size(model: Any) -> int:
-    return next(parameter.element_size() for parameter in model.parameters() if parameter.is_floating_point())
+def bytes_in_16_bits(cache: KVCache, dtype: torch.dtype) -> tuple[float, float]:
+    """Bytes that a cache holds and that a full one would, if what is in `dtype`, the model's, were in 16 bits.
+
+    Plans are measured in float32 and used in 16 bits, where what stays dense takes half as much.
+    """
+    held = whole = 0.0
+    for layer, found in zip(cache.layers, report(cache).layers, strict=True):
+        # a state is in float32 whatever the model computes in
+        share = 1.0 if isinstance(layer, StateLayer) else 2 / dtype.itemsize
+        dense = storage_bytes(tensor for tensor in layer.tensors() if tensor.dtype == dtype)
+        held += found.bytes - dense * (1 - share)
+        whole += found.full_bytes * share
+    return held, whole
+
+
+def _dtype(model: Any) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

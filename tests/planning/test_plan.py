@@ -10,24 +10,39 @@ from hf_kvcache.fingerprint import fingerprint
 from hf_kvcache.methods.planned import without_measuring
 from hf_kvcache.plan import CachePlan
 from hf_kvcache.testing import FAMILIES, greedy, random_ids, tiny_model
+from tests.letters import Letters
 
 KEPT = torch.tensor([[0.2, 0.6], [1.0, 0.4], [0.5, 0.5], [0.3, 0.9]])
 BITS = torch.tensor([[8, 4], [4, 4], [4, 2], [16, 16]])
 IDS = random_ids(1, 200)
 
 
-def test_every_head_and_layer_gets_what_the_plan_says():
+# nothing is always kept by knorm, the first 4 tokens are by streamingllm and kvzip, the last 8 by rkv
+@pytest.mark.parametrize("scorer", ["knorm", "streamingllm", "kvzip", "rkv"])
+def test_every_head_and_layer_gets_what_the_plan_says(scorer):
     model = tiny_model("llama")
-    plan = CachePlan(KEPT, BITS, "knorm", fingerprint=fingerprint(model))
-    patch_model(model, plan=plan)
+    plan = CachePlan(KEPT, BITS, scorer, fingerprint=fingerprint(model))
+    patch_model(model, plan=plan, tokenizer=Letters())
     cache = compress(model, IDS)
     for layer, cached in enumerate(cache.layers):
         (segment,) = cached.segments
-        for head, kept in enumerate(segment.lengths[0]):
-            assert abs(kept - 200 * float(KEPT[layer, head])) <= 2
+        assert list(segment.lengths[0]) == (200 * KEPT[layer]).round().int().tolist()
         widths = [getattr(segment.codec, name, 16) for name in ("key_bits", "value_bits")]
         assert widths == BITS[layer].tolist()
-    assert sum(map(sum, (layer.segments[0].lengths[0] for layer in cache.layers))) == int(KEPT.mean() * 200) * 8
+
+
+def test_a_head_keeps_no_less_than_its_scorer_always_does():
+    model = tiny_model("llama")
+    patch_model(model, plan=CachePlan(torch.tensor([[0.05, 0.8]]).repeat(4, 1), BITS, "snapkv"))
+    assert all(layer.segments[0].lengths[0] == (64, 160) for layer in compress(model, IDS).layers)
+
+
+def test_a_shared_layer_keeps_what_its_own_row_says():
+    model = tiny_model("llama")
+    sharing = SharingPlan.from_pairs(4, [(2, 0)], fingerprint=fingerprint(model))
+    patch_model(model, plan=CachePlan(KEPT, BITS, "knorm", sharing))
+    cache = compress(model, IDS)
+    assert [cache.layers[layer].segments[0].lengths[0] for layer in (0, 1)] == [(40, 120), (200, 80)]
 
 
 def test_a_plan_survives_a_file(tmp_path):

@@ -10,7 +10,6 @@ from hf_kvcache import new_cache, patch_model, unpatch_model
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.planning import Tuner, Verified, measure_costs, solve
 from hf_kvcache.planning.gradients import output_gradients, output_projections
-from hf_kvcache.planning.solve import sizes
 from hf_kvcache.planning.windows import Question, Window, windows
 from hf_kvcache.testing import FAMILIES, tiny_model
 from tests.letters import Letters
@@ -100,11 +99,15 @@ def test_every_family_can_be_measured(family):
 def test_no_plan_on_the_lower_hull_is_cheaper(seed, ratio):
     costs = random_costs(seed=seed)
     plan, expected = solve(costs, ratio)
-    size, allowed = sizes(costs), 256 * 4 / ratio
+    allowed = 256 * 4 / ratio
 
     def weigh(width, kept) -> tuple[float, float]:
+        held = 0.0
         chosen = [(layer, width[layer], kept[2 * layer + head], head) for layer in (0, 1) for head in (0, 1)]
-        held = sum(float(size[layer, w, k]) for layer, w, k, _ in chosen)
+        for layer, w, k, _ in chosen:
+            # where one head of a layer drops something, all have to say which columns they hold
+            columns = 4 if any(kept[2 * layer : 2 * layer + 2]) else 0
+            held += (float(costs.entry_bytes[layer, w]) + columns) * costs.kept[k]
         return held, sum(float(costs.loss[layer, w, k, head]) for layer, w, k, head in chosen)
 
     width = [costs.widths.index(tuple(pair)) for pair in plan.bits.tolist()]
