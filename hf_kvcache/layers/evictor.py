@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -13,6 +13,9 @@ from hf_kvcache.attention import AttentionCall
 from hf_kvcache.eviction import Observation, Reading, Rotation
 from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.segment import Segment
+
+# and the number of a reading layer: names in a saved file
+QUERIES = "queries."
 
 
 class Evictor:
@@ -118,10 +121,11 @@ class Evictor:
             return whole
         return _without_padding(whole, torch.tensor([row // copies for row in rows], device=key.device), columns)
 
-    def can_judge(self, unsettled: int) -> bool:
-        """Whether queries are left when the last `unsettled` ones are set aside."""
-        wanted = self.policy.scorer.queries
-        return wanted == 0 or all(query.shape[2] > unsettled for query in self.queries.values())
+    def is_due(self, settled: int, unsettled: int) -> bool:
+        """Whether to evict from `settled` tokens of the tail, and queries are left without those of the last ones."""
+        if self.every is None or settled < self.every:
+            return False
+        return self.policy.scorer.queries == 0 or all(query.shape[2] > unsettled for query in self.queries.values())
 
     def evict(self, segments: Sequence[Segment], tokens: Tensor | None, unsettled: int) -> Segment:
         """One segment of what is worth keeping of several.
@@ -166,6 +170,15 @@ class Evictor:
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i what row `rows[i]` is now."""
         self.queries = {layer: query[rows] for layer, query in self.queries.items()}
+
+    def describe(self) -> dict[str, Tensor]:
+        """What a saved file needs, by name."""
+        return {f"{QUERIES}{layer}": query for layer, query in self.queries.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`; there may be other names."""
+        mine = {name.removeprefix(QUERIES): t.to(device) for name, t in tensors.items() if name.startswith(QUERIES)}
+        self.queries = {int(layer): query for layer, query in mine.items()}
 
     def forget_modules(self) -> None:
         """Ends a forward: lets go of the model."""

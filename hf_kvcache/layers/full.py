@@ -300,8 +300,9 @@ class KVCacheLayer(OwnLayer):
         """
         settings, tail = self.settings, self.tail
         settled = tail.length - unsettled
-        if self.evictor is not None and self.evictor.every:
-            if settled < self.evictor.every or not self.evictor.can_judge(unsettled):
+        judge = self.evictor if self.evictor is not None and self.evictor.every else None
+        if judge is not None:
+            if not judge.is_due(settled, unsettled):
                 return
             sealed = settled
         else:
@@ -312,16 +313,16 @@ class KVCacheLayer(OwnLayer):
         start = self.seen - tail.length
         key, value = tail.key[:, :, :sealed], tail.value[:, :, :sealed]
         keep = None if mask is None else mask[:, :, -1, start : start + sealed]
-        names = () if self.evictor is None else self.evictor.carried
-        carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in names}
-        if self.evictor is not None and self.evictor.every:
+        carried: dict[str, Tensor] = {}
+        if judge is not None:
+            carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in judge.carried}
             self.segments = [segment.expanded() for segment in self.segments]
         last = self.segments[-1]
         like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
-        if self.evictor is not None and self.evictor.every:
+        if judge is not None:
             tokens = None if mask is None else mask[:, 0, -1, : start + sealed].sum(-1)
-            self.segments = [self.evictor.evict([*self.segments, new], tokens, unsettled)]
+            self.segments = [judge.evict([*self.segments, new], tokens, unsettled)]
         elif like is not None:
             self.segments[-1] = Segment.join([like, new])
         else:
@@ -359,8 +360,8 @@ class KVCacheLayer(OwnLayer):
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps alive."""
         sealed = [tensor for segment in self.segments for tensor in segment.tensors()]
-        queries = [] if self.evictor is None else list(self.evictor.queries.values())
-        return sealed + self.tail.tensors() + list(self._fresh or ()) + queries
+        queries = {} if self.evictor is None else self.evictor.describe()
+        return [*sealed, *self.tail.tensors(), *(self._fresh or ()), *queries.values()]
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a saved file needs: a JSON-able description and the tensors by name."""
@@ -380,7 +381,7 @@ class KVCacheLayer(OwnLayer):
         if self.tail.length:
             tensors |= {"tail.key": self.tail.key, "tail.value": self.tail.value}
         if self.evictor is not None:
-            tensors |= {f"queries.{layer}": query for layer, query in self.evictor.queries.items()}
+            tensors |= self.evictor.describe()
         return described, tensors
 
     def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -394,10 +395,6 @@ class KVCacheLayer(OwnLayer):
         if "tail.key" in tensors:
             self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
         if self.evictor is not None:
-            self.evictor.queries = {
-                int(name.removeprefix("queries.")): tensor.to(device)
-                for name, tensor in tensors.items()
-                if name.startswith("queries.")
-            }
+            self.evictor.restore(tensors, device)
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
         self.is_initialized = self.seen > 0
