@@ -48,7 +48,7 @@ def settle(cache: KVCache, mask: Tensor | None, run: RunDecoder) -> None:
                 chosen = decided[index].cpu()
             layer_kept[torch.tensor(place)[:, None], :, columns[None]] = chosen.transpose(1, 2)
     for layer, layer_kept in zip(layers, kept, strict=True):
-        layer.seal_pending(layer_kept.to(layer.tail.key.device))
+        layer.seal_pending(layer_kept.to(layer.tail.key.device), [len(columns) for _, columns in groups])
 
 
 def _decide(

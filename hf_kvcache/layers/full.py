@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -214,11 +214,12 @@ class KVCacheLayer(OwnLayer):
                 return
             # the last query sees every token but padding
             keep = None if mask is None else mask[:, 0, -1, : self.prompt]
+            lengths = [self.prompt] if keep is None else keep.sum(-1).tolist()
             carried: dict[str, Tensor] = {}
             if self.evictor is not None:
                 key, value = self.tail.key[:, :, : self.prompt], self.tail.value[:, :, : self.prompt]
                 keep, carried = self.evictor.choose(key, value, keep, self.copies)
-            self._seal_prompt(keep, carried)
+            self._seal_prompt(keep, lengths, carried)
         elif self.segments:
             self._seal_tail(mask, new if self._recording else 0)
         if self.evictor is not None:
@@ -264,25 +265,23 @@ class KVCacheLayer(OwnLayer):
     def forget_observation(self) -> None:
         self._observation = self._replay = None
 
-    def seal_pending(self, keep: Tensor) -> None:
+    def seal_pending(self, keep: Tensor, lengths: Sequence[int]) -> None:
         """Seals the pending prompt but for what `keep` `[S, H_kv, T]` says to drop, one row for each prompt."""
-        self._seal_prompt(None if bool(keep.all()) else keep.repeat_interleave(self.copies, 0), {})
+        self._seal_prompt(None if bool(keep.all()) else keep.repeat_interleave(self.copies, 0), lengths, {})
         if self.evictor is not None:
             self.evictor.forget_modules()
 
-    def _seal_prompt(self, keep: Tensor | None, carried: Mapping[str, Tensor]) -> None:
+    def _seal_prompt(self, keep: Tensor | None, lengths: Sequence[int], carried: Mapping[str, Tensor]) -> None:
         """Seals the prompt, which lies in the tail. What came after it stays there, and so do its last tokens if the
         codec wants them dense.
 
         Args:
             keep: `[B, H_kv, T]` or, for padding alone, `[B, T]`; None to keep all.
+            lengths: tokens of every prompt, without padding.
             carried: `[B, H_kv, T]` by name.
         """
         settings = self.settings
-        residual = settings.codec.residual_length
-        if settings.policy is not None and residual:
-            residual = min(residual, settings.policy.limits(self.prompt).window)
-        sealed = max(self.prompt - residual, min(self.prompt, 1))
+        sealed = max(self.prompt - settings.residual(lengths), min(self.prompt, 1))
         if keep is not None:
             keep = (keep if keep.dim() == 3 else keep.unsqueeze(1))[..., :sealed]
         carried = {name: tensor[..., :sealed] for name, tensor in carried.items()}

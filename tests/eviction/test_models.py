@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_kvcache import new_cache, patch_model
+from hf_kvcache.methods import H2O, Uniform
 from hf_kvcache.testing import left_pad, live_bytes, random_ids, tiny_model
 from tests.eviction.triples import DECODING, TRIPLES, methods_of
 
@@ -42,6 +43,24 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(triple, family):
         ):
             assert places == expected and min(places) >= -len(own)
             torch.testing.assert_close(key, expected_key, rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_holds_nothing_that_a_short_row_has_dropped():
+    # the window of H2O is a share of what a row keeps: 25 tokens of the long row, 5 of the short one
+    model = patch_model(tiny_model("llama"), [H2O(budget=0.25), Uniform(bits=8, residual_length=32)])
+    rows = [random_ids(length=length, seed=length)[0] for length in (200, 40)]
+    ids, mask = left_pad(rows)
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    together = prefilled(model, ids, attention_mask=mask, position_ids=position_ids)
+    alone = prefilled(model, rows[1][None])
+    for layer, own in zip(together.layers, alone.layers, strict=True):
+        assert layer.tail.length == own.tail.length == 5
+        assert layer.segments[0].lengths == ((45, 45), (5, 5)) and own.segments[0].lengths == ((5, 5),)
+    mask, following = torch.cat([mask, mask.new_ones(2, 1)], dim=1), torch.tensor([[5], [5]])
+    with torch.no_grad():
+        found = model(following, past_key_values=together, attention_mask=mask, position_ids=mask.sum(-1)[:, None] - 1)
+        expected = model(following[1:], past_key_values=alone)
+    torch.testing.assert_close(found.logits[1:], expected.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("triple", TRIPLES, ids="+".join)
