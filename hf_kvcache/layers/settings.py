@@ -35,6 +35,9 @@ class LayerSettings:
     def residual(self, lengths: Sequence[int]) -> int:
         """How many of the last tokens of a prompt stay dense: those that the codec asks for and eviction leaves alone.
 
+        None do where eviction goes on while decoding: it judges all that came after what is sealed, by its queries, and
+        those of the prompt are gone by then.
+
         Args:
             lengths: tokens of every row of the batch, without padding. All rows have one tail, so that the row with the
                 fewest tokens that are always kept decides; one that loses nothing has no say.
@@ -42,6 +45,8 @@ class LayerSettings:
         wanted, policy = self.codec.residual_length, self.policy
         if policy is None or not wanted:
             return wanted
+        if policy.every:
+            return 0
         windows = ((policy.limits(length).window, length) for length in lengths)
         return min([wanted, *(window for window, length in windows if window < length)])
 
