@@ -320,8 +320,8 @@ class KVCacheLayer(OwnLayer):
         like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
         if judge is not None:
-            tokens = None if mask is None else mask[:, 0, -1, : start + sealed].sum(-1)
-            self.segments = [judge.evict([*self.segments, new], tokens, unsettled)]
+            there = None if mask is None else mask[:, 0, -1, : start + sealed]
+            self.segments = [judge.evict([*self.segments, new], there, unsettled)]
         elif like is not None:
             self.segments[-1] = Segment.join([like, new])
         else:
