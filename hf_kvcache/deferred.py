@@ -51,7 +51,7 @@ def settle(cache: KVCache, mask: Tensor | None, run: RunDecoder) -> None:
     for layer, layer_kept in zip(layers, kept, strict=True):
         device = layer.tail.key.device
         with without_autocast(device):
-            layer.seal_pending(layer_kept.to(device))
+            layer.seal_pending(layer_kept.to(device), [len(columns) for _, columns in groups])
 
 
 def _decide(

@@ -25,7 +25,8 @@ class Codec(Protocol):
         name: of the codec, in saved files.
         lossy: whether decoding gives something else than what was encoded.
         residual_length: how many of the last tokens of the prompt, and while decoding, stay dense.
-        block: while decoding, how many tokens are sealed at a time; 0 to seal only the prompt.
+        block: while decoding, how many tokens are sealed at a time; 0 to seal only the prompt. Where eviction goes on
+            while decoding, neither counts: everything is sealed whenever it evicts.
     """
 
     name: ClassVar[str]

@@ -63,13 +63,17 @@ class EvictionPolicy:
         return self.scorer.replays or self.allocator.over_layers
 
     def limits(self, tokens: int) -> Limits:
-        """What the budget means for a row of `tokens`; a share that is less than what is protected gives way to it."""
+        """What the budget means for a row of `tokens`.
+
+        A share that is less than what is protected gives way to it, and none is less than a token: short prompts would
+        be forgotten whole.
+        """
         sinks, window = self.scorer.sinks, self.scorer.window
         budget = self.budget if isinstance(self.budget, int) else int(self.budget * tokens)
         if isinstance(window, float):
             window = int(window * min(budget, tokens))
         if isinstance(self.budget, float):
-            budget = max(budget, sinks + window)
+            budget = max(budget, sinks + window, 1)
         return Limits(min(budget, tokens), min(sinks, tokens), min(window, tokens))
 
     def keep(self, observation: Observation) -> tuple[Tensor, dict[str, Tensor]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -13,6 +13,9 @@ from hf_kvcache.attention import AttentionCall
 from hf_kvcache.eviction import Observation, Reading, Rotation
 from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.segment import Segment
+
+# and the number of a reading layer: names in a saved file
+QUERIES = "queries."
 
 
 class Evictor:
@@ -118,17 +121,18 @@ class Evictor:
             return whole
         return _without_padding(whole, torch.tensor([row // copies for row in rows], device=key.device), columns)
 
-    def can_judge(self, unsettled: int) -> bool:
-        """Whether queries are left when the last `unsettled` ones are set aside."""
-        wanted = self.policy.scorer.queries
-        return wanted == 0 or all(query.shape[2] > unsettled for query in self.queries.values())
+    def is_due(self, settled: int, unsettled: int) -> bool:
+        """Whether to evict from `settled` tokens of the tail, and queries are left without those of the last ones."""
+        if self.every is None or settled < self.every:
+            return False
+        return self.policy.scorer.queries == 0 or all(query.shape[2] > unsettled for query in self.queries.values())
 
-    def evict(self, segments: Sequence[Segment], tokens: Tensor | None, unsettled: int) -> Segment:
+    def evict(self, segments: Sequence[Segment], there: Tensor | None, unsettled: int) -> Segment:
         """One segment of what is worth keeping of several.
 
         Args:
             segments: in the order of the sequence, the last one sealed just now.
-            tokens: `[B]`, how many tokens, dropped ones included, each row has seen; None when there is no padding.
+            there: `[B, T]`, False for padding, of all columns that the segments cover; None when there is none.
             unsettled: how many tokens came after the last segment; their queries may be cropped and do not count.
         """
         whole = Segment.join([segment.expanded() for segment in segments])
@@ -138,16 +142,18 @@ class Evictor:
             valid=None if bool(valid.all()) else valid,
             carried={name: whole.held[name].to(key.device)[index] for name in self.carried},
         )
-        end = whole.start + whole.seen
-        columns = whole.positions().to(key.device)[index]
-        seen = [end] * len(key) if tokens is None else tokens.tolist()
+        columns, end = whole.positions().to(key.device)[index], whole.start + whole.seen
         kept = valid.clone()
         held = dict(whole.payload())
-        for count in sorted(set(seen)):
-            rows = torch.tensor([row for row, row_count in enumerate(seen) if row_count == count], device=key.device)
+        for rows, own in _alike(there, len(key), end, key.device):
+            # padding has no place in a row, wherever it lies, and what stood there asked nothing
+            places = own.cumsum(-1) - 1
             decided = self.policy.keep(
-                # padding before a row does not count
-                replace(_rows(observed, rows), tokens=count, positions=columns[rows] - (end - count))
+                replace(
+                    _asked_at(_rows(observed, rows), own.nonzero()[:, 0], end),
+                    tokens=int(own.sum()),
+                    positions=places[columns[rows]],
+                )
             )
             if decided is not None:
                 kept[rows] = decided[0]
@@ -166,6 +172,15 @@ class Evictor:
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i what row `rows[i]` is now."""
         self.queries = {layer: query[rows] for layer, query in self.queries.items()}
+
+    def describe(self) -> dict[str, Tensor]:
+        """What a saved file needs, by name."""
+        return {f"{QUERIES}{layer}": query for layer, query in self.queries.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """The inverse of `describe`; there may be other names."""
+        mine = {name.removeprefix(QUERIES): t.to(device) for name, t in tensors.items() if name.startswith(QUERIES)}
+        self.queries = {int(layer): query for layer, query in mine.items()}
 
     def forget_modules(self) -> None:
         """Ends a forward: lets go of the model."""
@@ -211,12 +226,26 @@ def _rows(observed: Observation, rows: Tensor) -> Observation:
 
 def _without_padding(observed: Observation, rows: Tensor, columns: Tensor) -> Observation:
     """The observation of `rows` as if they had come alone: only their `columns`, and the queries that stand there."""
-    own = _rows(observed, rows)
+    own = _asked_at(_rows(observed, rows), columns, observed.num_tokens)
+    return replace(own, key=own.key[:, :, columns], value=own.value[:, :, columns])
+
+
+def _asked_at(observed: Observation, columns: Tensor, end: int) -> Observation:
+    """The observation with only the queries that stand in `columns`; the last one recorded stands before `end`."""
     readings = []
-    for reading in own.readings:
+    for reading in observed.readings:
         query = reading.query
         if query is not None:
-            first = observed.num_tokens - query.shape[2]
+            first = end - query.shape[2]
             query = query[:, :, columns[columns >= first] - first]
         readings.append(replace(reading, query=query))
-    return replace(own, key=own.key[:, :, columns], value=own.value[:, :, columns], readings=readings)
+    return replace(observed, readings=readings)
+
+
+def _alike(there: Tensor | None, rows: int, end: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of a batch that have their padding in the same columns, and where their tokens are, `[end]`."""
+    if there is None:
+        there = torch.ones(1, end, dtype=torch.bool, device=device).expand(rows, -1)
+    patterns, pattern = there.to(device).unique(dim=0, return_inverse=True)
+    for index, own in enumerate(patterns):
+        yield (pattern == index).nonzero()[:, 0], own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -215,11 +215,12 @@ class KVCacheLayer(OwnLayer):
                 return
             # the last query sees every token but padding
             keep = None if mask is None else mask[:, 0, -1, : self.prompt]
+            lengths = [self.prompt] if keep is None else keep.sum(-1).tolist()
             carried: dict[str, Tensor] = {}
             if self.evictor is not None:
                 key, value = self.tail.key[:, :, : self.prompt], self.tail.value[:, :, : self.prompt]
                 keep, carried = self.evictor.choose(key, value, keep, self.copies)
-            self._seal_prompt(keep, carried)
+            self._seal_prompt(keep, lengths, carried)
         elif self.segments:
             self._seal_tail(mask, new if self._recording else 0)
         if self.evictor is not None:
@@ -265,25 +266,23 @@ class KVCacheLayer(OwnLayer):
     def forget_observation(self) -> None:
         self._observation = self._replay = None
 
-    def seal_pending(self, keep: Tensor) -> None:
+    def seal_pending(self, keep: Tensor, lengths: Sequence[int]) -> None:
         """Seals the pending prompt but for what `keep` `[S, H_kv, T]` says to drop, one row for each prompt."""
-        self._seal_prompt(None if bool(keep.all()) else keep.repeat_interleave(self.copies, 0), {})
+        self._seal_prompt(None if bool(keep.all()) else keep.repeat_interleave(self.copies, 0), lengths, {})
         if self.evictor is not None:
             self.evictor.forget_modules()
 
-    def _seal_prompt(self, keep: Tensor | None, carried: Mapping[str, Tensor]) -> None:
+    def _seal_prompt(self, keep: Tensor | None, lengths: Sequence[int], carried: Mapping[str, Tensor]) -> None:
         """Seals the prompt, which lies in the tail. What came after it stays there, and so do its last tokens if the
         codec wants them dense.
 
         Args:
             keep: `[B, H_kv, T]` or, for padding alone, `[B, T]`; None to keep all.
+            lengths: tokens of every prompt, without padding.
             carried: `[B, H_kv, T]` by name.
         """
         settings = self.settings
-        residual = settings.codec.residual_length
-        if settings.policy is not None and residual:
-            residual = min(residual, settings.policy.limits(self.prompt).window)
-        sealed = max(self.prompt - residual, min(self.prompt, 1))
+        sealed = max(self.prompt - settings.residual(lengths), min(self.prompt, 1))
         if keep is not None:
             keep = (keep if keep.dim() == 3 else keep.unsqueeze(1))[..., :sealed]
         carried = {name: tensor[..., :sealed] for name, tensor in carried.items()}
@@ -301,8 +300,9 @@ class KVCacheLayer(OwnLayer):
         """
         settings, tail = self.settings, self.tail
         settled = tail.length - unsettled
-        if self.evictor is not None and self.evictor.every:
-            if settled < self.evictor.every or not self.evictor.can_judge(unsettled):
+        judge = self.evictor if self.evictor is not None and self.evictor.every else None
+        if judge is not None:
+            if not judge.is_due(settled, unsettled):
                 return
             sealed = settled
         else:
@@ -313,16 +313,16 @@ class KVCacheLayer(OwnLayer):
         start = self.seen - tail.length
         key, value = tail.key[:, :, :sealed], tail.value[:, :, :sealed]
         keep = None if mask is None else mask[:, :, -1, start : start + sealed]
-        names = () if self.evictor is None else self.evictor.carried
-        carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in names}
-        if self.evictor is not None and self.evictor.every:
+        carried: dict[str, Tensor] = {}
+        if judge is not None:
+            carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in judge.carried}
             self.segments = [segment.expanded() for segment in self.segments]
         last = self.segments[-1]
         like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
-        if self.evictor is not None and self.evictor.every:
-            tokens = None if mask is None else mask[:, 0, -1, : start + sealed].sum(-1)
-            self.segments = [self.evictor.evict([*self.segments, new], tokens, unsettled)]
+        if judge is not None:
+            there = None if mask is None else mask[:, 0, -1, : start + sealed]
+            self.segments = [judge.evict([*self.segments, new], there, unsettled)]
         elif like is not None:
             self.segments[-1] = Segment.join([like, new])
         else:
@@ -361,8 +361,8 @@ class KVCacheLayer(OwnLayer):
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps alive."""
         sealed = [tensor for segment in self.segments for tensor in segment.tensors()]
-        queries = [] if self.evictor is None else list(self.evictor.queries.values())
-        return sealed + self.tail.tensors() + list(self._fresh or ()) + queries
+        queries = {} if self.evictor is None else self.evictor.describe()
+        return [*sealed, *self.tail.tensors(), *(self._fresh or ()), *queries.values()]
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a saved file needs: a JSON-able description and the tensors by name."""
@@ -382,7 +382,7 @@ class KVCacheLayer(OwnLayer):
         if self.tail.length:
             tensors |= {"tail.key": self.tail.key, "tail.value": self.tail.value}
         if self.evictor is not None:
-            tensors |= {f"queries.{layer}": query for layer, query in self.evictor.queries.items()}
+            tensors |= self.evictor.describe()
         return described, tensors
 
     def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
@@ -396,10 +396,6 @@ class KVCacheLayer(OwnLayer):
         if "tail.key" in tensors:
             self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
         if self.evictor is not None:
-            self.evictor.queries = {
-                int(name.removeprefix("queries.")): tensor.to(device)
-                for name, tensor in tensors.items()
-                if name.startswith("queries.")
-            }
+            self.evictor.restore(tensors, device)
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
         self.is_initialized = self.seen > 0

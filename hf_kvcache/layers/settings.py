@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_kvcache.codecs import Codec
@@ -30,6 +31,24 @@ class LayerSettings:
     place: int = 0
     readers: tuple[tuple[int, ...], ...] = ((0,),)
     output: str = "o_proj"
+
+    def residual(self, lengths: Sequence[int]) -> int:
+        """How many of the last tokens of a prompt stay dense: those that the codec asks for and eviction leaves alone.
+
+        None do where eviction goes on while decoding: it judges all that came after what is sealed, by its queries, and
+        those of the prompt are gone by then.
+
+        Args:
+            lengths: tokens of every row of the batch, without padding. All rows have one tail, so that the row with the
+                fewest tokens that are always kept decides; one that loses nothing has no say.
+        """
+        wanted, policy = self.codec.residual_length, self.policy
+        if policy is None or not wanted:
+            return wanted
+        if policy.every:
+            return 0
+        windows = ((policy.limits(length).window, length) for length in lengths)
+        return min([wanted, *(window for window, length in windows if window < length)])
 
     def __deepcopy__(self, memo) -> LayerSettings:
         return self

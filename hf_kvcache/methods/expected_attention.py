@@ -6,13 +6,14 @@ closed form. In its order, for every query head:
     1. mean mu and covariance S of the queries of the prompt before RoPE, without those of the first tokens
     2. R: mean of the rotations of the next `horizon` positions; mu <- R mu, S <- R S R^T
     3. z_i = exp(mu^T k_i / sqrt(d) + k_i^T S k_i / (2 d)), with k_i after RoPE, as cached
-    4. a = z / sum of z, mean over the query heads of the group
+    4. a = z / sum of z over all but the first tokens, mean over the query heads of the group
     5. s_i = (a_i + epsilon) ||v_i||_2
 
-Defaults as in kvpress, by the paper's authors: horizon 512, 4 sinks, which are always kept and whose queries step 1
-leaves out, and epsilon 1e-2, that of their leaderboard entry (which also splits the budget with AdaKV). The paper has
-||W_O v_i|| in step 5; for that compose with CriticalKV and `value_norm=False`. A soft cap on attention scores (Gemma 2)
-has no place in the closed form and is ignored.
+Defaults as in kvpress, by the paper's authors: horizon 512; 4 sinks, which are always kept, whose queries step 1 leaves
+out and whose keys step 4: they would take most of the attention, and epsilon drown what is left; and epsilon 1e-2, that
+of their leaderboard entry (which also splits the budget with AdaKV). The paper has ||W_O v_i|| in step 5; for that
+compose with CriticalKV and `value_norm=False`. A soft cap on attention scores (Gemma 2) has no place in the closed form
+and is ignored.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class ExpectedAttention(ScoringMethod):
     """Scores by the attention that future queries are expected to pay.
 
     Args:
-        sinks: number of first tokens that are always kept, and whose queries do not count.
+        sinks: number of first tokens that are always kept, and whose queries and keys do not count.
         horizon: number of future positions.
         covariance: use S; without it the expectation is that of the mean query.
         value_norm: multiply by the norm of the value.
@@ -60,8 +61,9 @@ class ExpectedAttention(ScoringMethod):
         return None
 
     def score(self, observation: Observation) -> Tensor:
-        logits = [self.expected_logits(observation, reading) for reading in observation.readings]
-        score = torch.cat(logits, dim=2).softmax(dim=-1).mean(dim=2)
+        logits = torch.cat([self.expected_logits(observation, reading) for reading in observation.readings], dim=2)
+        logits[..., : self.sinks] = torch.finfo(logits.dtype).min
+        score = logits.softmax(dim=-1).mean(dim=2)
         if self.value_norm:
             score = (score + self.epsilon) * torch.linalg.vector_norm(observation.value.float(), dim=-1)
         return score

@@ -19,7 +19,7 @@ class Fp8(Method):
     """Fills the codecs of all layers with `Fp8Codec`.
 
     Args:
-        residual_length: how many of the latest tokens of a prompt stay dense.
+        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`.
         block_size: how many later tokens are encoded at once; 0 leaves all of them dense.
     """
 

@@ -25,7 +25,7 @@ class Uniform(Method):
         key_bits, value_bits: instead of `bits`, for keys or values alone.
         key_axis: `"channel"`, as KIVI, or `"token"`.
         group_size: numbers that share a step and a zero, which take four bytes.
-        residual_length: how many of the latest tokens of a prompt stay dense.
+        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`.
         block_size: how many later tokens are encoded at once; 0 leaves all of them dense.
     """
 

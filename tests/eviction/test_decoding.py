@@ -8,6 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from hf_kvcache import new_cache, patch_model
+from hf_kvcache.methods import H2O, Uniform
 from hf_kvcache.testing import random_ids, tiny_model
 
 
@@ -143,3 +144,17 @@ def test_h2o_sums_over_all_queries_so_far_of_the_tokens_that_stay():
         positions, owners = layer.segments[0].positions(), layer.segments[0].layout.owners
         for head in range(2):
             assert torch.equal(positions[owners == head].sort().values, mine[head].nonzero()[:, 0])
+
+
+def test_a_residual_neither_hastens_evicting_while_decoding_nor_takes_from_the_sums():
+    def decoded(residual):
+        method = [H2O(budget=32, every=8), Uniform(bits=8, residual_length=residual)]
+        cache = new_cache(patch_model(model := tiny_model("llama"), method))
+        return decode(model, cache, random_ids(length=60), 30), cache
+
+    (logits, cache), (expected, plain) = decoded(16), decoded(0)
+    assert torch.equal(logits, expected)
+    for layer, own in zip(cache.layers, plain.layers, strict=True):
+        assert layer.tail.length == own.tail.length == 29 % 8
+        (segment,), (other,) = layer.segments, own.segments
+        assert all(torch.equal(tensor, other.held[name]) for name, tensor in segment.held.items())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_kvcache import new_cache, patch_model
+from hf_kvcache.methods import H2O, RKV, TOVA, DefensiveKV, Random, SnapKV, Uniform
 from hf_kvcache.testing import left_pad, live_bytes, random_ids, tiny_model
 from tests.eviction.triples import DECODING, TRIPLES, methods_of
 
@@ -44,6 +45,24 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(triple, family):
             torch.testing.assert_close(key, expected_key, rtol=1e-4, atol=1e-4)
 
 
+def test_a_residual_holds_nothing_that_a_short_row_has_dropped():
+    # the window of H2O is a share of what a row keeps: 25 tokens of the long row, 5 of the short one
+    model = patch_model(tiny_model("llama"), [H2O(budget=0.25), Uniform(bits=8, residual_length=32)])
+    rows = [random_ids(length=length, seed=length)[0] for length in (200, 40)]
+    ids, mask = left_pad(rows)
+    position_ids = (mask.cumsum(-1) - 1).clamp_min(0)
+    together = prefilled(model, ids, attention_mask=mask, position_ids=position_ids)
+    alone = prefilled(model, rows[1][None])
+    for layer, own in zip(together.layers, alone.layers, strict=True):
+        assert layer.tail.length == own.tail.length == 5
+        assert layer.segments[0].lengths == ((45, 45), (5, 5)) and own.segments[0].lengths == ((5, 5),)
+    mask, following = torch.cat([mask, mask.new_ones(2, 1)], dim=1), torch.tensor([[5], [5]])
+    with torch.no_grad():
+        found = model(following, past_key_values=together, attention_mask=mask, position_ids=mask.sum(-1)[:, None] - 1)
+        expected = model(following[1:], past_key_values=alone)
+    torch.testing.assert_close(found.logits[1:], expected.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("triple", TRIPLES, ids="+".join)
 def test_bytes_fall_with_the_budget(triple):
     model = patch_model(tiny_model("llama"), methods_of(triple, budget=0.25))
@@ -69,3 +88,58 @@ def test_memory_is_bounded_while_decoding(scorer, others):
         assert all(len(layer.segments) == 1 and layer.tail.length < every for layer in cache.layers)
     assert cache.get_seq_length() == 90
     assert all(q.shape[2] <= 90 for layer in cache.layers for q in layer.evictor.queries.values())
+
+
+@torch.no_grad()
+def read_in_turn(model, parts):
+    """Reads one part `(ids, mask)` after the other.
+
+    Returns:
+        logits `[B, parts, V]` of every part's last column, and the places that each layer and head keeps of the last
+        row, padding not counted.
+    """
+    cache, found, mask = new_cache(model), [], torch.zeros(len(parts[0][0]), 0, dtype=torch.long)
+    for ids, there in parts:
+        mask = torch.cat([mask, there], dim=1)
+        places = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions = places[:, -ids.shape[1] :]
+        found.append(model(ids, past_key_values=cache, attention_mask=mask, position_ids=positions).logits[:, -1])
+    kept = []
+    for layer in cache.layers:
+        segment = layer.segments[0]
+        for head in range(2):
+            run = segment.rows[-1] * segment.layout.heads + head
+            columns = segment.positions()[segment.layout.owners == run]
+            kept.append(sorted(places[-1, columns].tolist()))
+    return torch.stack(found, dim=1), kept
+
+
+@pytest.mark.parametrize("padding", ["behind the prompt", "before the second turn"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SnapKV(budget=24, window=16, every=8),
+        DefensiveKV(budget=24, window=16, every=8),
+        RKV(budget=24, window=16, every=8),
+        H2O(budget=16, every=8),
+        TOVA(budget=16, every=8),
+        Random(budget=24, every=8),
+    ],
+    ids=lambda method: method.name,
+)
+def test_padding_anywhere_changes_nothing_while_decoding(method, padding):
+    model = patch_model(tiny_model("llama"), method)
+    lengths = [(40, 33)] if padding == "behind the prompt" else [(40, 40), (20, 14)]
+    turns = [[random_ids(length=n, seed=seed + n)[0] for seed, n in enumerate(of_rows)] for of_rows in lengths]
+    if padding == "behind the prompt":
+        together = [tuple(part.flip(1) for part in left_pad([row.flip(0) for row in rows])) for rows in turns]
+    else:
+        together = [left_pad(rows) for rows in turns]
+    own = [rows[1][None] for rows in turns]
+    for step in range(12):
+        together.append((torch.full((2, 1), 3 + step), torch.ones(2, 1, dtype=torch.long)))
+        own.append(torch.full((1, 1), 3 + step))
+    logits, kept = read_in_turn(model, together)
+    expected, alone = read_in_turn(model, [(ids, torch.ones_like(ids)) for ids in own])
+    assert kept == alone
+    torch.testing.assert_close(logits[1, -12:], expected[0, -12:], rtol=1e-4, atol=1e-3)
