@@ -1,6 +1,7 @@
 """The thread that writes pages: nothing ends it, nothing waits for it in vain, and it holds no store for ever."""
 
 import gc
+import subprocess
 import sys
 import threading
 import time
@@ -87,6 +88,22 @@ def test_a_thread_is_there_as_long_as_there_are_tasks(store):
     store.submit(lambda: done.append(2), 10)
     store.flush()
     assert done == [1, 1, 2] and len(restored(store, ids_of(pages))) == 2
+
+
+UNFINISHED = """
+import sys, time
+from hf_kvcache.sequential.store import PrefixStore
+from hf_kvcache.sequential.trials import chain, put_chain
+store = PrefixStore(sys.argv[1], page_size=8)
+for seed in range(3):
+    store.submit(lambda seed=seed: (time.sleep(0.2), put_chain(store, chain(2, seed))), 10)
+"""
+
+
+def test_what_waits_when_the_process_ends_is_written(tmp_path):
+    subprocess.run([sys.executable, "-c", UNFINISHED, str(tmp_path)], check=True)
+    with PrefixStore(tmp_path, page_size=8) as store:
+        assert store.verify() == (6, [])
 
 
 def test_many_threads_may_submit_at_once(store):
