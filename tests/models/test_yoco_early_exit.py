@@ -134,12 +134,6 @@ def test_early_exit_after_earlier_tokens_and_padding(kind, attention, rows, use_
         close(logits(model, ids[:, start:], logits_to_keep=rows, **rest), whole)
 
 
-def test_early_exit_keeps_sequences_of_one_row_apart():
-    model, ids = model_of("retention"), random_ids(length=30)
-    asked = {"position_ids": torch.cat([torch.arange(18), torch.arange(12)])[None], "use_cache": False}
-    close(logits(model, ids, logits_to_keep=3, **asked), logits(model, ids, **asked)[:, -3:])
-
-
 @every_kind
 @pytest.mark.parametrize("rows", [1, 3])
 def test_attention_with_masks_of_padding_alone(kind, rows):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.utils.import_utils import is_tracing
 
 from hf_kvcache.models.yoco.configuration_yoco import YocoConfig
 
@@ -18,18 +19,18 @@ def cross_mask(
     attention_mask: Tensor | None,
     cache: Cache | None,
     position_ids: Tensor,
+    sequences: Tensor | None,
     rows: int,
 ) -> Tensor | None:
     """The cross-decoder's mask for the last `rows` queries, in the form that the attention implementation takes.
 
     A mask of all queries would be quadratic in the prompt. It is made only where it says more than which tokens are
-    padding: the caller gave such a mask, or several sequences in one row.
+    padding: the caller gave such a mask, or several `sequences` in one row.
     """
     length = inputs_embeds.shape[1]
     arguments: dict[str, Any] = {"config": config, "attention_mask": attention_mask}
     given = attention_mask is not None and attention_mask.dim() != 2
-    alone = attention_mask is None and cache is None
-    if rows == length or given or (alone and find_packed_sequence_indices(position_ids) is not None):
+    if rows == length or given or sequences is not None:
         mask = create_causal_mask(
             inputs_embeds=inputs_embeds, past_key_values=cache, position_ids=position_ids, **arguments
         )
@@ -63,6 +64,45 @@ class _Behind:
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.sizes
+
+
+def sequences_of(position_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """Which sequence of its row a token belongs to, `[B, T]`, where rows hold several; None where all hold one.
+
+    As in transformers: where positions do not count on, the next sequence begins, but not in a batch with padding.
+    """
+    if attention_mask is not None or position_ids.shape[1] == 1:
+        return None
+    found = find_packed_sequence_indices(position_ids)
+    if found is None or cache is None:
+        return found
+    if is_tracing(found):
+        # it may well be one sequence only: there are no numbers to see it by
+        return None
+    token = int((found != 0).any(0).nonzero()[0])
+    raise ValueError(
+        f"expected one sequence in every row where there is a cache, got position_ids that begin again at token "
+        f"{token}, so that later steps would read all of them; pass use_cache=False, or give every sequence a row of "
+        "its own and an attention_mask for the padding"
+    )
+
+
+def expect_bounds(config: YocoConfig, sequences: Tensor, **kwargs: Any) -> None:
+    """Refuses several sequences in a row of an attention without a mask that was not told where they end either."""
+    if "cu_seq_lens_q" not in kwargs and not is_tracing(sequences):
+        raise ValueError(
+            "expected one sequence in every row, got position_ids that begin again, and the attention implementation "
+            f"{config._attn_implementation!r} takes no mask that would keep them apart; use 'sdpa' or 'eager', or pass "
+            "cu_seq_lens_q and the rest that DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes"
+        )
+
+
+def restarts_of(sequences: Tensor | None) -> dict[int, Tensor]:
+    """The tokens at which sequences after the first begin, and for each in which rows, `[B, 1, 1, 1]`."""
+    if sequences is None:
+        return {}
+    begins = sequences.diff(dim=-1, prepend=sequences[:, :1]) != 0
+    return {token: begins[:, token, None, None, None] for token in begins.any(0).nonzero().flatten().tolist()}
 
 
 def token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

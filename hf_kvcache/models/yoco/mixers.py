@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
@@ -48,6 +50,7 @@ class YocoRetention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: Rotary,
         token_mask: Tensor | None = None,
+        restarts: dict[int, Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
@@ -66,12 +69,38 @@ class YocoRetention(nn.Module):
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
         # RoPE's tables are in float32 in mixed precision, and the operator's kernels take one dtype
         query, key = query.to(value.dtype), key.to(value.dtype)
-        out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
+        retain = partial(retain_apart, restarts) if restarts else gated_retention
+        out, state = retain(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
         out = functional.rms_norm(out, (self.head_dim,), eps=self.config.rms_norm_eps)
         out = out.transpose(1, 2).flatten(2) * functional.silu(self.gate_proj(hidden_states))
         return self.o_proj(out), None
+
+
+def retain_apart(
+    restarts: dict[int, Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    *,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Gated retention of several sequences in one row: the state is emptied where one begins.
+
+    A gate of 0 would do that in one call, but logarithms of gates are summed, and would lose their digits to it.
+    """
+    found = []
+    for start, end in pairwise([0, *restarts, query.shape[2]]):
+        if state is not None and start in restarts:
+            state = state.masked_fill(restarts[start], 0)
+        q, k, v, decay = (tensor[:, :, start:end] for tensor in (query, key, value, log_decay))
+        out, state = gated_retention(q, k, v, decay, state, chunk=chunk)
+        found.append(out)
+    assert state is not None
+    return torch.cat(found, dim=2), state
 
 
 class YocoAttention(nn.Module):

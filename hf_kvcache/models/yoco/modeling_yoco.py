@@ -155,6 +155,9 @@ class YocoModel(YocoPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Runs the decoders.
 
+        Where `position_ids` begin again within a row the next sequence begins, which reads none before it. As in
+        transformers that is for rows without padding, and since a cache has one past for every row, without a cache.
+
         Args:
             positions_to_keep: run the cross-decoder for so many last positions only; 0 for all of them. The hidden
                 states returned are of these positions.
@@ -171,8 +174,11 @@ class YocoModel(YocoPreTrainedModel):
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         batch, length = given.shape[:2]
+        sequences = None
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=given.device).unsqueeze(0)
+        else:
+            sequences = masks.sequences_of(position_ids, attention_mask, past_key_values)
         # of the last positions, how many run through the cross-decoder
         rows = positions_to_keep if 0 < positions_to_keep < length else length
         # now, since the cache takes the new tokens below
@@ -183,14 +189,19 @@ class YocoModel(YocoPreTrainedModel):
             attention_mask,
             past_key_values,
             position_ids,
+            sequences,
             rows,
         )
+        if sequences is not None and mask is None:
+            masks.expect_bounds(self.config, sequences, **kwargs)
         found = []
         for part in self._parts(length, rows, attention_mask, past_key_values):
             hidden_states, rotary = self._self_decoder(
                 self.embed_tokens(given[:, part]) if inputs_embeds is None else given[:, part],
                 None if attention_mask is None else attention_mask[..., : seen + part.stop],
                 position_ids[:, part],
+                # a row of several sequences is one part
+                sequences,
                 past_key_values,
                 **kwargs,
             )
@@ -224,6 +235,7 @@ class YocoModel(YocoPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor,
+        sequences: Tensor | None,
         cache: Cache | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Rotary]:
@@ -235,11 +247,11 @@ class YocoModel(YocoPreTrainedModel):
             "past_key_values": cache,
             "position_ids": position_ids,
         }
-        window_mask = token_mask = None
-        length = inputs_embeds.shape[1]
+        window_mask = token_mask = restarts = None
+        length, window = inputs_embeds.shape[1], self.config.sliding_window
         if self.config.self_decoder == "retention":
-            token_mask = masks.token_mask(attention_mask, length)
-        elif not masks.by_blocks(self.config, attention_mask, length, self.config.sliding_window):
+            token_mask, restarts = masks.token_mask(attention_mask, length), masks.restarts_of(sequences)
+        elif sequences is not None or not masks.by_blocks(self.config, attention_mask, length, window):
             window_mask = create_sliding_window_causal_mask(**arguments)
         hidden_states = inputs_embeds * self.config.hidden_size**0.5
         rotary = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -248,6 +260,7 @@ class YocoModel(YocoPreTrainedModel):
                 hidden_states,
                 attention_mask=window_mask,
                 token_mask=token_mask,
+                restarts=restarts,
                 position_embeddings=rotary,
                 past_key_values=cache,
                 **kwargs,
