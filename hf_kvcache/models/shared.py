@@ -25,6 +25,11 @@ from hf_kvcache.patches.saving import ENTRY, MODEL_TYPE, plan_of
 # what `from_pretrained` takes to say where files are, beside the name
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+# what `from_pretrained` takes for itself, though configurations have fields of these names
+KEPT = ("dtype", "torch_dtype", "quantization_config")
+# what a configuration is told when it is loaded and does not save
+CHOICES = ("_attn_implementation", "_experts_implementation")
+
 
 class SharedConfig(PreTrainedConfig):
     """The configuration of the original family, with the plan in the field `hf_kvcache`."""
@@ -40,7 +45,11 @@ class SharedConfig(PreTrainedConfig):
                 "save the model again with save_pretrained"
             )
         fields = {name: value for name, value in self.to_dict().items() if name != ENTRY}
-        return AutoConfig.for_model(**{**fields, "model_type": entry["model_type"]})
+        config = AutoConfig.for_model(**{**fields, "model_type": entry["model_type"]})
+        for name in CHOICES:
+            if getattr(self, name, None) is not None:
+                setattr(config, name, getattr(self, name))
+        return config
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -68,13 +77,16 @@ class SharedForCausalLM:
         """Loads the model; raises when weights are missing or of another configuration."""
         place = {name: kwargs[name] for name in PLACE if kwargs.get(name) is not None}
         config = config or SharedConfig.from_pretrained(folder, **place)
-        family = AutoModelForCausalLM._model_mapping[type(config.original())]
+        original = config.original()
+        # a field that is not in the file, as it has its default, is one of the family's configuration only
+        for name in set(kwargs) - set(KEPT):
+            if hasattr(original, name):
+                setattr(original, name, kwargs.pop(name))
+        family = AutoModelForCausalLM._model_mapping[type(original)]
         wants_info = kwargs.pop("output_loading_info", False)
         with _quiet():
             # the residual weights are not known to the family, which would warn
-            model, info = family.from_pretrained(
-                folder, *args, config=config.original(), output_loading_info=True, **kwargs
-            )
+            model, info = family.from_pretrained(folder, *args, config=original, output_loading_info=True, **kwargs)
         unknown = [name for name in info["unexpected_keys"] if f".{ATTRIBUTE}." not in name]
         wrong = [*info["missing_keys"], *info["mismatched_keys"], *unknown]
         if wrong:

@@ -11,14 +11,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import hf_kvcache.models  # noqa: F401 - registers the class of saved models
 from hf_kvcache import Yoco, patch_model
+from hf_kvcache.attention import NAMES
+from hf_kvcache.models import SharedForCausalLM
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.patches.saving import add_plan
 from hf_kvcache.spec import LayerKind
 from hf_kvcache.testing import greedy, random_ids
 from tests.forward import logits
-from tests.methods.yoco import patched, residual_names, shake
+from tests.methods.yoco import fresh, patched, residual_names, shake
 
 
 def same(model, other):
@@ -57,6 +58,46 @@ def test_loaded_by_the_name_of_a_repository(options, tmp_path):
     (repository / "refs" / "main").write_text(commit)
     place = {"cache_dir": str(tmp_path), "local_files_only": True}
     same(model, AutoModelForCausalLM.from_pretrained("somebody/some-model", **place))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model saved with its plan, and the same one without."""
+    shake(patched()).save_pretrained(tmp_path / "shared")
+    fresh().save_pretrained(tmp_path / "plain")
+    return tmp_path / "shared", tmp_path / "plain"
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, SharedForCausalLM.from_pretrained])
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_the_attention_asked_for_is_used(load, attention, saved):
+    options = {} if attention is None else {"attn_implementation": attention}
+    assert require_attached(load(saved[0], **options)).name == NAMES[attention or "sdpa"]
+
+
+OPTIONS = [
+    {"use_cache": False},
+    {"rms_norm_eps": 0.5},
+    {"attention_dropout": 0.1, "use_cache": False},
+    {"output_hidden_states": True},
+    {"pad_token_id": 3},
+    {"dtype": torch.bfloat16, "use_cache": False},
+    {"dtype": "auto"},
+]
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, SharedForCausalLM.from_pretrained])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_go_where_they_would_without_a_plan(load, options, saved):
+    model, plain = load(saved[0], **options), AutoModelForCausalLM.from_pretrained(saved[1], **options)
+    for name in {*options, "dtype"}:
+        assert getattr(model.config, name) == getattr(plain.config, name), name
+    assert model.dtype == plain.dtype
+
+
+def test_an_unknown_option_is_refused(saved):
+    with pytest.raises(TypeError, match="no_such_option"):
+        AutoModelForCausalLM.from_pretrained(saved[0], no_such_option=1)
 
 
 class Hub:
