@@ -20,6 +20,10 @@ class KVProjections(Protocol):
         """Replacements, by attribute of the attention module, that compute no key and no value."""
         ...
 
+    def idle(self, attention: nn.Module) -> list[nn.Parameter]:
+        """Weights behind the projections that have nothing to do either."""
+        ...
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -100,6 +104,10 @@ class Substitute(nn.Module):
     def original(self) -> nn.Module:
         return self._original[0]
 
+    def idle(self) -> list[nn.Parameter]:
+        """The parameters of the original that this one does not use."""
+        return []
+
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         self.original._save_to_state_dict(*args, **kwargs)
 
@@ -116,6 +124,9 @@ class NoProjection(Substitute):
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
         self.width = out_features(original)
+
+    def idle(self) -> list[nn.Parameter]:
+        return list(self.original.parameters())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
@@ -141,16 +152,24 @@ class OwnSharing:
     def skip(self, attention: nn.Module) -> dict[str, nn.Module]:
         return {}
 
+    def idle(self, attention: nn.Module) -> list[nn.Parameter]:
+        return []
+
 
 @dataclass(frozen=True)
 class SeparateKV:
-    """Families with one projection for keys and one for values."""
+    """Families with one projection for keys and one for values, and perhaps a norm behind each."""
 
     key: str = "k_proj"
     value: str = "v_proj"
+    norms: tuple[str, ...] = ("k_norm", "v_norm")
 
     def skip(self, attention: nn.Module) -> dict[str, nn.Module]:
         return {name: NoProjection(getattr(attention, name)) for name in (self.key, self.value)}
+
+    def idle(self, attention: nn.Module) -> list[nn.Parameter]:
+        norms = [getattr(attention, name) for name in self.norms if hasattr(attention, name)]
+        return [parameter for norm in norms for parameter in norm.parameters()]
 
 
 def home(module: nn.Module) -> torch.device | None:

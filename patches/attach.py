@@ -21,7 +21,7 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches import early_exit, residual
-from hf_kvcache.patches.adapter import Adapter, NoProjection, Substitute, replaceable
+from hf_kvcache.patches.adapter import Adapter, Substitute, replaceable
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.patches.compiled import CompiledDecode
 from hf_kvcache.patches.prefix import adopt_prefix, store_prefix
@@ -43,6 +43,10 @@ class HealedProjection(Substitute):
         self._buffers = {}
         like = original.weight
         self.register_buffer("healed", weight.to(like.device, like.dtype), persistent=False)
+
+    def idle(self) -> list[nn.Parameter]:
+        # the bias is still in use
+        return [self.original.weight]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.healed, self.original.bias)
@@ -86,9 +90,11 @@ class Attachment:
         for parent, attribute, substitute in substitutes:
             self.originals.append((parent, attribute, substitute.original))
             setattr(parent, attribute, substitute)
-            # an unused weight that asks for a gradient stops distributed training; a bias may still be in use
-            unused = substitute.parameters() if isinstance(substitute, NoProjection) else [substitute.original.weight]
-            self.frozen += [parameter for parameter in unused if parameter.requires_grad]
+        idle = [parameter for _, _, substitute in substitutes for parameter in substitute.idle()]
+        for layer in self.spec.sharing.consumers:
+            idle += self.adapter.kv.idle(self.adapter.find_attention(model, layer))
+        # an unused weight that asks for a gradient stops distributed training
+        self.frozen += [parameter for parameter in idle if parameter.requires_grad]
         for parameter in self.frozen:
             parameter.requires_grad_(False)
         for layer, weights in self.residuals.items():

@@ -21,6 +21,9 @@ class FusedQKV:
         query_width = attention.config.num_attention_heads * attention.head_dim
         return {self.fused: OnlyQuery(getattr(attention, self.fused), query_width)}
 
+    def idle(self, attention: nn.Module) -> list[nn.Parameter]:
+        return []
+
 
 class OnlyQuery(Substitute):
     """Computes the query rows of a fused projection and returns zeros for keys and values."""

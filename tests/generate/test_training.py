@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_kvcache import KVSharer, Offload, SharingPlan, new_cache, patch_model, unpatch_model
-from hf_kvcache.testing import greedy, random_ids
+from hf_kvcache.testing import greedy, random_ids, tiny_model
 from tests.generate.models import FULL, every_family, every_method, original, patch, patched
 
 # the newer name of the same switch came after the oldest supported release
@@ -80,6 +80,24 @@ def test_a_training_step_through_shared_layers_lowers_the_loss(family):
             moved = f"model.layers.{layer}.self_attn.k_proj.weight" in changed
         assert moved == (layer not in consumers)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("cohere", {"use_qk_norm": True}), ("olmo2", {}), ("phi3", {}), ("qwen3", {})]
+)
+def test_what_can_be_trained_gets_a_gradient(family, options):
+    """Distributed training stops at a weight that does not; one that is used has to learn."""
+    model, ids = tiny_model(family, **options), random_ids(batch=2, length=14)
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = gradients(patch(model, "shared").train(), ids)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, gradient in found.items() if bool(gradient.any())} == trainable
+    unused = [f"self_attn.{name}" for name in ("k_proj", "v_proj", "k_norm")]
+    consumers = [f"layers.{layer}." for layer in new_cache(model).spec.sharing.consumers]
+    frozen = {n for n in before if any(part in n for part in unused) and any(layer in n for layer in consumers)}
+    assert before - trainable == frozen
+    unpatch_model(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == before
 
 
 @every_family
