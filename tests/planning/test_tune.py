@@ -1,6 +1,7 @@
 """Tuning: the prices are those of real changes, the solution is the cheapest, and a plan is verified."""
 
 import itertools
+from dataclasses import replace
 from operator import attrgetter
 
 import pytest
@@ -121,6 +122,14 @@ def test_no_plan_on_the_lower_hull_is_cheaper(seed, ratio):
     ]
     # Lagrange finds the best of the bytes that it uses; what it leaves over is at most one step
     assert lost <= min(other for bytes_, other in every if bytes_ <= held * 0.999 + 1e-9) + 1e-6
+
+
+def test_bytes_left_over_buy_a_share_beyond_one_that_gains_nothing():
+    # two heads alike, for which more than a third of the tokens is of use only where it is all of them
+    loss = torch.tensor([[9.0, 9.0, 9.0], [0.1, 0.9, 0.9]])[None, ..., None].expand(1, 2, 3, 2)
+    plan, expected = solve(replace(random_costs(layers=1), loss=loss), ratio=512 / 100)
+    # 72 bytes a token for one, 21.6 for the other; 136 for both
+    assert sorted(plan.kept[0].tolist()) == pytest.approx([0.3, 1.0]) and expected == pytest.approx(1.0)
 
 
 def test_what_is_out_of_reach_is_refused():
