@@ -7,6 +7,7 @@ until the plan is small enough (Lagrange); what is left of the bytes then goes w
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,17 @@ def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan,
     return CachePlan(shares, bits, costs.scorer, None, fingerprint), expected
 
 
+def planned_share(costs: Costs, plan: CachePlan) -> float:
+    """The bytes of a plan in the layers of `costs`, by its choices, against those of 16 bits."""
+    held = 0.0
+    for layer, entry_bytes in zip(costs.layers, costs.entry_bytes, strict=True):
+        if plan.sharing is None or plan.sharing.source_layers[layer] == layer:
+            kept = plan.kept[layer].double()
+            entry = float(entry_bytes[costs.widths.index(tuple(plan.bits[layer].tolist()))])
+            held += (entry + POSITION_BYTES * bool((kept < 1).any())) * float(kept.sum())
+    return held / (float(costs.full_bytes.double().sum()) * plan.kept.shape[1])
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that each choice keeps of one token of one head.
@@ -99,22 +111,23 @@ def _best(loss: Tensor, sizes: Sizes, price: float) -> tuple[Tensor, Tensor]:
 
 
 def _fill(loss: Tensor, sizes: Sizes, width: Tensor, kept: Tensor, allowed: float) -> Tensor:
-    """Raises shares one by one, the step that buys most first, while the bytes allow it."""
+    """Raises shares one by one, by as much as buys most for its bytes, while the bytes allow it."""
     row = torch.arange(len(width))
     while True:
         held = sizes.by_layer(width, kept)
         left = allowed - float(held.sum())
-        steps = []
-        for head in range(kept.shape[1]):
+        raises = []
+        # not only to the next share, which may gain nothing where the one after it does
+        for head, share in itertools.product(range(kept.shape[1]), range(sizes.evicted.shape[2])):
             grown = kept.clone()
-            grown[:, head] = (kept[:, head] - 1).clamp_min(0)
+            grown[:, head] = kept[:, head].clamp_max(share)
             cost = sizes.by_layer(width, grown) - held
             gain = loss[row, width, kept[:, head], head] - loss[row, width, grown[:, head], head]
             for layer in torch.nonzero((gain > 0) & (cost <= left))[:, 0].tolist():
                 # the last head of a layer to keep everything saves the columns of the others, too
-                steps.append((float(gain[layer]) / max(float(cost[layer]), 1e-9), layer, head))
-        if not steps:
+                raises.append((float(gain[layer]) / max(float(cost[layer]), 1e-9), layer, head, share))
+        if not raises:
             return kept
-        _, layer, head = max(steps)
+        _, layer, head, share = max(raises)
         kept = kept.clone()
-        kept[layer, head] -= 1
+        kept[layer, head] = share
