@@ -4,11 +4,12 @@ For L layers and a budget of b tokens a head, of which w are always kept, the bu
 
     min = (b - w) / beta        max = 2 (b - w) - min        b_l = w + max - l (max - min) / (L - 1)
 
-so that their mean is b. Within a layer every head keeps b_l. What a layer cannot take, because there are fewer tokens
-than its share, goes to the other layers in proportion to theirs, and the budgets of all layers sum to L x b exactly.
+so that their mean is b. Every head of a layer keeps b_l. Where max exceeds the n - w tokens that there are, the line
+is drawn anew with the same mean, as in the authors' code: max = n - w, min = 2 (b - w) - max. The budgets of all layers
+sum to L x b exactly; the authors' code rounds each.
 
-Default as in the authors' code: beta 20. It clips what a layer cannot take and loses it; kvpress falls back to equal
-budgets, without a word, where the smallest is less than the window. Here no share can be less than what is always kept.
+Default as in the authors' code: beta 20. kvpress falls back to equal budgets, without a word, where the smallest is
+less than the window. Here no share can be less than what is always kept.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class PyramidKV(EvictionMethod):
 
     def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
         layers, free = observation.num_layers, budget - protected
-        least = free / self.beta
-        share = torch.linspace(2 * free - least, least, layers, dtype=torch.float64)
         # of what was seen, not of what is held: every layer must come to the same budgets
-        room = torch.full((layers,), observation.seen - protected)
-        layer = int(largest_remainder(share, free * layers, room)[observation.layer])
+        room = observation.seen - protected
+        most = min(2 * free - free / self.beta, room)
+        share = torch.linspace(most, 2 * free - most, layers, dtype=torch.float64)
+        layer = int(largest_remainder(share, free * layers, torch.full((layers,), room))[observation.layer])
         return limit.clamp(max=protected + layer)
