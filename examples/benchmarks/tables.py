@@ -304,7 +304,7 @@ def tuning_table() -> str:
             f"{float(row['times_smaller_than_16_bit']):.2f}",
             f"{float(row['kl_continuation']):.4f}",
             f"{float(row['kl_quotation']):.4f}",
-            " + ".join(f"{float(row[f'{part}_processor_seconds']):.0f}" for part in TUNING) + " s",
+            " + ".join(f"{float(taken):.0f}" for part in TUNING if (taken := row[f"{part}_processor_seconds"])) + " s",
         ]
         for row in rows("plans_tuning")
     ]
