@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
@@ -132,6 +132,26 @@ def test_early_exit_after_earlier_tokens_and_padding(kind, attention, rows, use_
         past = model(ids[:, :start], attention_mask=mask[:, :start]).past_key_values if use_cache else None
         rest = {"attention_mask": mask, "past_key_values": past, "use_cache": use_cache}
         close(logits(model, ids[:, start:], logits_to_keep=rows, **rest), whole)
+
+
+@every_kind
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("size", [None, 5])
+def test_early_exit_passes_over_the_empty_places_of_a_static_cache(kind, attention, size):
+    model = model_of(kind, self_decoder_chunk_size=size)
+    model.set_attn_implementation(attention)
+    for lengths in ((6, 6), (21, 21), (21, 9)):
+        ids, mask = left_pad([random_ids(length=length, seed=length)[0] for length in lengths])
+        for start in (0, 4):
+            for rows in (1, 2):
+                cache = StaticCache(config=model.config, max_cache_len=40)
+                if start:
+                    logits(model, ids[:, :start], attention_mask=mask[:, :start], past_key_values=cache)
+                rest = {"attention_mask": mask, "past_key_values": cache, "logits_to_keep": rows}
+                expected = logits(model, ids, attention_mask=mask, use_cache=False)[:, -rows:]
+                close(logits(model, ids[:, start:], **rest), expected)
+        expected = greedy(model, ids, attention_mask=mask)
+        assert torch.equal(greedy(model, ids, attention_mask=mask, cache_implementation="static"), expected)
 
 
 @every_kind

@@ -39,7 +39,7 @@ def cross_mask(
         seen, sizes = cache.get_seq_length(), cache.get_mask_sizes(length, config.num_self_decoder_layers)
     else:
         seen, sizes = 0, (length if attention_mask is None else attention_mask.shape[1], 0)
-    behind: Any = _Behind(seen + length - rows, sizes)
+    behind: Any = _Behind(seen + length - rows, sizes, getattr(cache, "is_compileable", False))
     return create_causal_mask(inputs_embeds=inputs_embeds[:, -rows:], past_key_values=behind, **arguments)
 
 
@@ -50,11 +50,12 @@ class _Behind:
     Args:
         offset: the place of the first of these queries.
         sizes: number and place of the first of the keys, the new ones included.
+        is_compileable: whether there may be empty places among the keys, which one query too needs a mask for.
     """
 
     offset: int
     sizes: tuple[int, int]
-    is_compileable = False
+    is_compileable: bool
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.offset

@@ -325,3 +325,8 @@ class YocoForCausalLM(YocoPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+        """Leaves the mask to the forward, which knows what it skips; `generate` would make it for a static cache."""
+        return attention_mask
