@@ -30,7 +30,11 @@ def parse() -> argparse.Namespace:
     convert = parser.add_argument_group("conversion")
     convert.add_argument("--model", default="smollm2", help="folder or name of the model, or 'smollm2'")
     convert.add_argument("--method", default="yoco++", choices=["yoco", "yoco++"])
-    convert.add_argument("--split", type=split, default=0.75, help="share or number of layers that keep their KV")
+    convert.add_argument(
+        "--split",
+        type=split,
+        help="share or number of layers that keep their KV; default: three quarters of them, rounded down",
+    )
     convert.add_argument("--init", default="heal", choices=["reuse", "mean", "ridge", "heal"])
     convert.add_argument("--stages", nargs="+", choices=list(RATES), help="tokens are divided among them")
     scratch = parser.add_argument_group("from scratch")
@@ -71,7 +75,8 @@ def convert_and_distill(options: argparse.Namespace) -> None:
     # weights in float32, whatever the checkpoint has: bfloat16 does not resolve the steps of an optimiser
     teacher = teacher.float()
     student = copy.deepcopy(teacher)
-    convert(student, options.method, split=options.split, init=options.init, tokenizer=tokenizer)
+    kept = student.config.num_hidden_layers * 3 // 4 if options.split is None else options.split
+    convert(student, options.method, split=kept, init=options.init, tokenizer=tokenizer)
     texts = [file.read_text(encoding="utf-8") for file in text_files(options.text)] if options.text else shipped_texts()
     ids = torch.cat([torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts])
     stages = options.stages or ["projections", "upper"] + ["all"] * (options.method == "yoco++")

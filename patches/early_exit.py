@@ -17,6 +17,8 @@ from hf_kvcache.spec import CacheSpec
 
 # the keyword argument in which the number travels
 POSITIONS = "positions_to_keep"
+# what can be asked of every layer at every position, in the call or by the configuration of a family that has it
+OF_ALL = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -29,7 +31,9 @@ def ask(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, d
 
 def positions_wanted(config: Any, *, logits_to_keep: int | Tensor = 0, labels: Any = None, **kwargs: Any) -> int:
     """For how many last positions of a forward with these arguments anything is asked of the upper layers; 0: all."""
-    inner = any(kwargs.get(name, getattr(config, name)) for name in ("output_hidden_states", "output_attentions"))
+    # None is as good as nothing, as in transformers
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    inner = any(given.get(name, getattr(config, name, False)) for name in OF_ALL)
     return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not inner else 0
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import hf_kvcache.models  # noqa: F401 - reads converted models
-from hf_kvcache import convert
+from hf_kvcache import convert, new_cache
 from hf_kvcache.testing import random_ids, tiny_model
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -159,6 +159,25 @@ def test_a_checkpoint_in_16_bit_is_trained_in_float32(monkeypatch):
     monkeypatch.setattr(train_yoco, "distill", distill)
     with pytest.raises(Arrived):
         train_yoco.convert_and_distill(asked(monkeypatch, "--init", "reuse", "--split", "0.5"))
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(30, 22), (4, 3), (2, 1)])
+def test_the_default_split_is_a_number_of_layers(layers, kept, monkeypatch):
+    import hf_kvcache.cli
+
+    def distill(student, *args):
+        assert new_cache(student).spec.sharing.source_layers == (*range(kept), *[kept - 1] * (layers - kept))
+        raise Arrived
+
+    def quickly(student, method, init, **options):
+        return convert(student, method, init="reuse", **options)
+
+    model = tiny_model("llama", num_hidden_layers=layers)
+    monkeypatch.setattr(hf_kvcache.cli, "load_model", lambda name: (model, lambda text, **options: {"input_ids": [1]}))
+    monkeypatch.setattr(hf_kvcache, "convert", quickly)
+    monkeypatch.setattr(train_yoco, "distill", distill)
+    with pytest.raises(Arrived):
+        train_yoco.convert_and_distill(asked(monkeypatch))
 
 
 @pytest.mark.parametrize("name", [*yoco_models.MODELS, yoco_models.CONTROL])

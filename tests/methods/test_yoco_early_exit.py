@@ -56,6 +56,22 @@ def test_hidden_states_are_of_all_positions(use_cache):
     close(found.logits, logits(model, ids, **asked))
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("by", ["call", "configuration", "both"])
+def test_routers_are_asked_at_all_positions(family, by):
+    model, other = (patched(family, "yoco", early_exit=early) for early in (True, False))
+    ids, mask = left_pad([random_ids(length=length)[0] for length in (12, 7)])
+    asked = {"logits_to_keep": 1} | ({} if by == "configuration" else {"output_router_logits": by == "call" or None})
+    for one in (model, other):
+        one.config.output_router_logits = by != "call"
+    for given in ({"attention_mask": mask}, {}):
+        with torch.no_grad():
+            found, expected = (one(ids, **given, **asked) for one in (model, other))
+        assert [router.shape[0] for router in found.router_logits] == [ids.numel()] * 4
+        close(found.aux_loss, expected.aux_loss)
+    assert torch.equal(greedy(model, ids), greedy(other, ids))
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [
