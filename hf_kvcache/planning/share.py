@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.api import base_model, make_probe
+from hf_kvcache.calibration.healing import healable
 from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.calibration.texts import LEAST_TOKENS
 from hf_kvcache.plan import CachePlan
@@ -70,7 +71,13 @@ class Sharing:
         return bool(self.candidates) and self.probe.full.sharing.is_identity and self.ids.numel() >= LEAST_TOKENS
 
     def price(self, done: Callable[[], None] = lambda: None) -> list[Pair]:
-        """The candidates, the cheapest first. The model's projections have to be plain ones."""
+        """The candidates, the cheapest first.
+
+        Raises:
+            NotImplementedError: when healing could not refit a projection of a layer, before anything is measured.
+        """
+        for consumer, _ in self.candidates:
+            healable(self.probe, consumer)
         self.probe.use_texts(self.ids, 1, self.ids.shape[1])
         pairs = []
         for consumer, source in self.candidates:
