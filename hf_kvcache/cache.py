@@ -60,8 +60,9 @@ class KVCache(Cache):
                 )
                 layers.append(KVCacheLayer(settings))
         super().__init__(layers=layers)
-        # of a prompt that all layers will evict from together, which may need to be read again
+        # of a prompt that all layers will evict from together, which may need to be read again, and where they stand
         self.prompt_ids: Tensor | None = None
+        self.prompt_positions: Tensor | None = None
         self.replaying = False
         # of the present forward only, where layers add the KV of lower ones
         self.residual: ResidualContext | None = None
@@ -104,17 +105,33 @@ class KVCache(Cache):
         """Whether a prompt is complete and waits, dense, to be evicted from in all layers together."""
         return any(isinstance(layer, KVCacheLayer) and layer.pending for layer in self.layers)
 
-    def remember_prompt(self, ids: Tensor) -> None:
-        """Takes the token ids `[B, L]` of a forward that brings a prompt or a part of it."""
+    def remember_prompt(self, ids: Tensor, positions: Tensor | None) -> None:
+        """Takes the token ids `[B, L]` of a forward that brings a prompt or a part of it.
+
+        Args:
+            ids: of the tokens, padding included.
+            positions: `[B or 1, L]`, what the model is told of where they stand; None for nothing, and it counts them.
+        """
         policy = self.spec.eviction
         if policy is None or not policy.deferred or not self.spec.evicting or self.replaying or self._sealed:
             return
-        self.prompt_ids = ids if self.prompt_ids is None else torch.cat([self.prompt_ids, ids], dim=1)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device) + self.get_seq_length()
+        positions = positions.to(ids.device).expand(ids.shape)
+        if self.prompt_ids is not None and self.prompt_positions is not None:
+            ids = torch.cat([self.prompt_ids, ids], dim=1)
+            positions = torch.cat([self.prompt_positions, positions], dim=1)
+        self.prompt_ids, self.prompt_positions = ids, positions
+
+    def forget_prompt(self) -> None:
+        """Lets go of what `remember_prompt` took."""
+        self.prompt_ids = self.prompt_positions = None
 
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
-        self.prompt_ids = self.prompts = None
+        self.forget_prompt()
+        self.prompts = None
 
     @property
     def _sealed(self) -> bool:

@@ -64,7 +64,7 @@ def _decide(
 ) -> list[Tensor] | None:
     """What to keep of some rows, `[rows, H_kv, columns]` for every layer; None for everything."""
     policy = cache.spec.eviction
-    assert policy is not None and cache.prompt_ids is not None
+    assert policy is not None and cache.prompt_ids is not None and cache.prompt_positions is not None
     if policy.limits(len(columns)).budget >= len(columns):
         return None
     for layer in layers:
@@ -72,9 +72,11 @@ def _decide(
     try:
         if policy.scorer.replays:
             ids = cache.prompt_ids[rows][:, columns.to(cache.prompt_ids.device)]
+            # where the last token stands: a forward that is not told counts the padding before it
+            last = cache.prompt_positions[rows, int(columns[-1])][:, None]
             for start, end, tokens in policy.scorer.passes(ids):
                 with _replaying(cache, layers, rows, start, end):
-                    positions = torch.arange(len(columns), len(columns) + tokens.shape[1]).expand(len(rows), -1)
+                    positions = last + torch.arange(1, tokens.shape[1] + 1, device=last.device)
                     seen = None if mask is None else torch.cat([mask[rows], mask.new_ones(tokens.shape)], dim=1)
                     run(tokens, seen, positions)
         with without_autocast(layers[0].tail.key.device):

@@ -265,7 +265,7 @@ class BeforeDecoder:
             cache = kwargs["past_key_values"] = KVCache(self.spec)
         self._check(decoder, kwargs)
         if isinstance(cache, KVCache) and kwargs.get("input_ids") is not None:
-            cache.remember_prompt(kwargs["input_ids"])
+            cache.remember_prompt(kwargs["input_ids"], kwargs.get("position_ids"))
         if isinstance(cache, KVCache) and self.spec.prefix is not None:
             adopt_prefix(decoder, cache, kwargs, self.adapter)
         # checkpointed layers are not given the cache, so producers' KV must reach consumers in another way
@@ -336,7 +336,7 @@ def after_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
 
     with torch.no_grad():
         settle(cache, kwargs.get("attention_mask"), run)
-    cache.prompt_ids = None
+    cache.forget_prompt()
 
 
 def require_own_cache(cache: Any, spec: CacheSpec) -> None:

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from hf_kvcache import KVzip, compress, load_cache, patch_model, report
+from hf_kvcache import KVzip, compress, load_cache, new_cache, patch_model, report
 from hf_kvcache.measure import cache_bytes
-from hf_kvcache.report import storage_bytes
+from hf_kvcache.report import kept_positions, storage_bytes
 from hf_kvcache.testing import greedy, left_pad, random_ids, tiny_model
 
 INSTRUCTIONS = ((5, 6, 7), (8, 9))
@@ -93,10 +93,27 @@ def test_reading_again_leaves_nothing_behind():
     """Neither tokens in the cache nor a model in its memory."""
     model, ids = patched("gemma2", "kvzip"), random_ids(length=40)
     cache = compress(model, ids)
-    assert cache.get_seq_length() == 40 and cache.prompt_ids is None and not cache.pending
+    assert cache.get_seq_length() == 40 and cache.prompt_ids is cache.prompt_positions is None and not cache.pending
     for layer in cache.layers:
         assert layer.seen == 40
         assert not any(isinstance(value, torch.nn.Module) for value in vars(layer).values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_parts", [False, True], ids=["at once", "in parts"])
+@pytest.mark.parametrize("told", [False, True], ids=["counting columns", "position_ids"])
+def test_a_padded_row_is_repeated_behind_where_it_ends(told, in_parts):
+    model = patched("llama", "kvzip")
+    rows = [random_ids(length=length, seed=length)[0] for length in (60, 30)]
+    ids, mask = left_pad(rows)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    together, alone = new_cache(model), compress(model, rows[1][None])
+    together.expect(60)
+    for start, end in [(0, 40), (40, 60)] if in_parts else [(0, 60)]:
+        places = {"position_ids": positions[:, start:end]} if told else {}
+        model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=together, **places)
+    for layer, own in zip(kept_positions(together, row=1), kept_positions(alone), strict=True):
+        assert [(head - 30).tolist() for head in layer] == [head.tolist() for head in own]
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), torch.zeros(4, dtype=torch.long)], ids=str)
