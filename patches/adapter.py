@@ -123,13 +123,13 @@ class NoProjection(Substitute):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.width = out_features(original)
+        self.out_features = out_features(original)
 
     def idle(self) -> list[nn.Parameter]:
         return list(self.original.parameters())
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.width)
+        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.out_features)
 
 
 def replaceable(module: nn.Module) -> bool:
