@@ -3,19 +3,20 @@
 What matters varies from query to query, so an average over the observation window takes a fragile guess at the
 future. Defensive aggregation, for every KV head, in its order:
 
-    1. attention weights A of the last `window` queries over all tokens
-    2. worst case: maximum over the queries of the window and over the query heads of the group
-    3. prior risk: no token counts less than the mean of that over the tokens
-    4. average pooling along the sequence; the window is always kept
+    1. attention weights A of the last `window` queries over all tokens, of which those outside the window compete
+    2. average pooling along the sequence of the weights of every query, which keep their sum
+    3. worst case: maximum over the queries of the window and over the query heads of the group
+    4. prior risk: no token counts less than the mean of that over the tokens; the window is always kept
 
 This file is the score. The rest of the published method is composed: `adakv` splits the budget over the heads, and
-`criticalkv` multiplies by the norm of the projected value in its second stage: `"defensivekv+adakv+criticalkv"`. The
-authors' selector differs from CriticalKV's in that stage 1 ends when it holds 0.9 of the attention, not at a share of
-the budget; layer budgets (Layer-DefensiveKV) need all layers' scores at once and are not here.
+`criticalkv` multiplies by the norm of the projected value in its second stage: `"defensivekv+adakv+criticalkv"`. That
+differs from the authors' selector in three ways. Their stage 1 ends when it holds 0.9 of the attention, not at a share
+of the budget; they divide the norms of a token by their sum over the KV heads first; and they take the highest products
+of all heads of a layer together, so that the budgets of the heads depend on the norms, where AdaKV's depend on the
+score alone. Layer budgets (Layer-DefensiveKV) need all layers' scores at once and are not here.
 
-Defaults as in the authors' code: window 32, average pooling of 5. The mean of step 3 is over the tokens outside the
-window, which compete, and tokens below it keep their order by a thousandth, where the published floor makes them equal
-and leaves the choice among them to chance. In which order the authors pool and correct is not confirmed.
+Defaults as in the authors' code: window 32, average pooling of 5. Tokens below the mean of step 4 keep their order by a
+thousandth, where the published floor makes them equal and leaves the choice among them to chance.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from hf_kvcache.eviction import Observation
@@ -47,14 +49,15 @@ class DefensiveKV(SnapKV):
     window: int = 32
 
     def score(self, observation: Observation) -> Tensor:
-        worst = observation.attention(last=self.window).amax(dim=(2, 3))
-        free = worst[..., : max(worst.shape[-1] - self.window, 1)]
-        if observation.valid is None:
-            prior = free.mean(dim=-1, keepdim=True)
-        else:
-            there = observation.valid[..., : free.shape[-1]]
-            prior = (free * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp_min(1)
-            # a place without a token must not lend its floor to its neighbours in the pooling
-            prior = prior * observation.valid
-        floor = prior + worst * ORDER_BELOW_FLOOR
-        return pool(worst.maximum(floor), self.kernel_size, self.pooling, self.window)
+        weights = observation.attention(last=self.window)
+        free = max(weights.shape[-1] - self.window, 0)
+        smooth = pool(weights, self.kernel_size, self.pooling, self.window)[..., :free]
+        there = torch.ones_like(smooth[:, :, 0, 0])
+        if observation.valid is not None:
+            there = there * observation.valid[..., :free]
+        # what pooling gives to a place without a token is lost, as is what it gives beyond the ends of the sequence
+        total = torch.matmul(smooth, there[:, :, None, :, None]).clamp_min(torch.finfo(smooth.dtype).tiny)
+        worst = (smooth * (weights[..., :free].sum(-1, keepdim=True) / total)).amax(dim=(2, 3)) * there
+        prior = worst.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp_min(1)
+        corrected = worst.maximum(prior + worst * ORDER_BELOW_FLOOR)
+        return torch.cat([corrected, weights[..., free:].amax(dim=(2, 3))], dim=-1)

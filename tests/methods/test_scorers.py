@@ -96,13 +96,15 @@ def test_defensivekv(case):
 
     def of_head(row, head):
         columns = [t for t in held(observed, row, head) if t < observed.num_tokens - window]
-        weights = plain_attention(observed, row, head, window)
-        worst = {t: max(float(member[:, t].max()) for member in weights) for t in columns}
+        worst = dict.fromkeys(columns, 0.0)
+        for member in plain_attention(observed, row, head, window):
+            for query in member:
+                weights = [float(query[t]) for t in columns]
+                smooth = pooled(weights, 5, "avg")
+                for t, weight in zip(columns, smooth, strict=True):
+                    worst[t] = max(worst[t], weight * sum(weights) / sum(smooth))
         prior = sum(worst.values()) / len(worst)
-        corrected = [
-            max(worst[t], prior + worst[t] / 1000) if t in worst else 0.0 for t in range(observed.num_tokens - window)
-        ]
-        return dict(enumerate(pooled(corrected, 5, "avg")))
+        return {t: max(weight, prior + weight / 1000) for t, weight in worst.items()}
 
     assert_scores(observed, DefensiveKV(window=window), of_head, skip_last=window)
 
