@@ -59,6 +59,17 @@ def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan,
     return CachePlan(shares, bits, costs.scorer, None, fingerprint), expected
 
 
+def planned_share(costs: Costs, plan: CachePlan) -> float:
+    """The bytes of a plan in the layers of `costs`, by its choices, against those of 16 bits."""
+    held = 0.0
+    for layer, entry_bytes in zip(costs.layers, costs.entry_bytes, strict=True):
+        if plan.sharing is None or plan.sharing.source_layers[layer] == layer:
+            kept = plan.kept[layer].double()
+            entry = float(entry_bytes[costs.widths.index(tuple(plan.bits[layer].tolist()))])
+            held += (entry + POSITION_BYTES * bool((kept < 1).any())) * float(kept.sum())
+    return held / (float(costs.full_bytes.double().sum()) * plan.kept.shape[1])
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that each choice keeps of one token of one head.

@@ -17,6 +17,7 @@ from hf_kvcache.methods.planned import LARGEST, scorer_names, without_measuring
 from hf_kvcache.plan import CachePlan
 from hf_kvcache.planning.costs import Costs, measure_costs
 from hf_kvcache.planning.share import Pair, Sharing, solve_shared
+from hf_kvcache.planning.solve import planned_share
 from hf_kvcache.planning.verify import Verified, references, verify
 from hf_kvcache.planning.windows import windows
 from hf_kvcache.progress import progress
@@ -29,6 +30,10 @@ HELD = 3
 ATTEMPTS = 4
 # bytes that a cache holds beside its entries make a plan a little larger than the sum of its choices
 SLACK = 0.003
+# a second attempt asks for so much more than it should need
+MARGIN = 1.002
+# of a cache that may be in layers which plans are for
+LEAST_PART = 0.02
 
 
 @dataclass(frozen=True)
@@ -164,40 +169,46 @@ class Tuner:
     def _best(self, target: float) -> tuple[CachePlan, float, Verified]:
         """The plan by the prices; where layers share in it, it has to prove better than the best in which none do."""
         found = self._reaching(target, self.pairs)
-        if found[0].sharing is None:
-            return found
-        try:
-            other = self._reaching(target, ())
-        except ValueError:  # only a plan that shares is small enough
-            return found
-        return min(found, other, key=lambda plan: plan[2].loss)
+        if found[0].sharing is not None:
+            try:
+                other = self._reaching(target, ())
+            except ValueError:  # only a plan that shares is small enough
+                other = found
+            found = min(found, other, key=lambda plan: (not reaches(plan[2], target), plan[2].loss))
+        if not reaches(found[2], target):
+            logger.warning(
+                "target_ratio=%g was not reached: the plan makes a cache %.2f times smaller; ask for a little more",
+                target,
+                found[2].ratio,
+            )
+        return found
 
     def _reaching(self, target: float, pairs: Sequence[Pair]) -> tuple[CachePlan, float, Verified]:
-        """A plan, the loss it is expected to cost, and what it costs and holds: what was asked, or it is said."""
-        asked, reached = target, 0.0
+        """A plan, the loss it is expected to cost, and what it costs and holds: the smallest one, if all miss."""
+        asked, best = target, None
+        held: list[tuple[float, float]] = []
         for _ in range(ATTEMPTS):
             try:
+                asked = next_ratio(target, held) if held else target
                 plan, expected = solve_shared(self.costs, pairs, asked, self.fingerprint)
             except ValueError as error:
-                if not reached:
+                if best is None:
                     raise
                 raise ValueError(
                     f"target_ratio={target:g} is out of reach: a cache also holds what no plan shrinks, such as layers "
-                    f"with a sliding window, and the smallest was {reached:.2f} times smaller; ask for less"
+                    f"with a sliding window, and the smallest plan tried was {best[2].ratio:.2f} times smaller; "
+                    "ask for less"
                 ) from error
             plan = self.sharing.heal(plan)
             verified = self.verify(plan)
             self.say(f"asked for {asked:.2f}: {plan.summary()}; held {verified.ratio:.2f} times fewer bytes")
-            if verified.ratio >= target * (1 - SLACK):
-                return plan, expected, verified
-            reached = max(reached, verified.ratio)
-            asked *= 1.002 * target / verified.ratio
-        logger.warning(
-            "target_ratio=%g was not reached: the plan makes a cache %.2f times smaller; ask for a little more",
-            target,
-            verified.ratio,
-        )
-        return plan, expected, verified
+            if best is None or verified.ratio > best[2].ratio:
+                best = plan, expected, verified
+            if reaches(verified, target):
+                break
+            held.append((planned_share(self.costs, plan), 1 / verified.ratio))
+        assert best is not None
+        return best
 
     def unmeasured(self, ratio: float) -> Verified:
         """What one share and one pair of widths for all layers, as with `target_ratio`, cost on held-back windows."""
@@ -215,6 +226,37 @@ class Tuner:
         if self._references is None:
             self._references = references(self.model, self.held)
         return verify(self.model, self.tokenizer, self.held, self._references, method, **options)
+
+
+def reaches(verified: Verified, target: float) -> bool:
+    """Whether a cache is as small as asked."""
+    return verified.ratio >= target * (1 - SLACK)
+
+
+def next_ratio(target: float, held: Sequence[tuple[float, float]]) -> float:
+    """What to ask a plan for after others held too much.
+
+    A cache holds what its plan shrinks and what no plan does:  held = fixed + part * planned, all against a full cache
+    in 16 bits, of which `part` is in layers that plans are for. Two plans tell both; after one, `part` is taken to be
+    1, which never asks for too much.
+
+    Args:
+        target: the ratio that is wanted.
+        held: for every plan so far what it was to hold of those layers (`planned_share`) and what the cache held.
+
+    Raises:
+        ValueError: when what no plan shrinks is too much by itself.
+    """
+    planned, total = held[-1]
+    part = 1.0
+    if planned != held[0][0]:
+        slope = (total - held[0][1]) / (planned - held[0][0])
+        # anything else is noise, or another share map
+        part = slope if LEAST_PART < slope < 1 else 1.0
+    wanted = planned - (total - 1 / (MARGIN * target)) / part
+    if wanted <= 0:
+        raise ValueError(f"what no plan shrinks makes a cache more than 1 / {target:g} of a full one; ask for less")
+    return 1 / wanted
 
 
 def tune(model: Any, tokenizer: Any = None, *, target_ratio: float, texts: Calibration = None, **options: Any) -> Tuned:

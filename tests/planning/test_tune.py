@@ -11,6 +11,8 @@ from hf_kvcache import new_cache, patch_model, unpatch_model
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.planning import Tuner, Verified, measure_costs, solve
 from hf_kvcache.planning.gradients import output_gradients, output_projections
+from hf_kvcache.planning.solve import planned_share
+from hf_kvcache.planning.tune import next_ratio
 from hf_kvcache.planning.windows import Question, Window, windows
 from hf_kvcache.testing import FAMILIES, tiny_model
 from tests.letters import Letters
@@ -115,6 +117,7 @@ def test_no_plan_on_the_lower_hull_is_cheaper(seed, ratio):
     kept = [min(range(3), key=lambda place: abs(costs.kept[place] - share)) for share in plan.kept.flatten().tolist()]
     held, lost = weigh(width, kept)
     assert held <= allowed * 1.0001 and lost == pytest.approx(expected, rel=1e-5)
+    assert planned_share(costs, plan) == pytest.approx(held / (256 * 4))
     every = [
         weigh(widths, shares)
         for widths in itertools.product(range(2), repeat=2)
@@ -180,7 +183,7 @@ def tuner(monkeypatch):
 
 def test_a_ratio_out_of_reach_is_named_as_it_was_asked(tuner, monkeypatch):
     monkeypatch.setattr(tuner, "verify", lambda plan: Verified(0.0, 0.0, 2.5))
-    with pytest.raises(ValueError, match=r"target_ratio=5 is out of reach: .* was 2.50 times smaller"):
+    with pytest.raises(ValueError, match=r"target_ratio=5 is out of reach: .* tried was 2.50 times smaller"):
         tuner.tune(5)
 
 
@@ -188,6 +191,31 @@ def test_a_plan_that_misses_its_ratio_says_so(tuner, monkeypatch, caplog):
     monkeypatch.setattr(tuner, "verify", lambda plan: Verified(0.0, 0.0, 3.9))
     assert tuner.tune(4).verified.ratio == 3.9
     assert "target_ratio=4 was not reached: the plan makes a cache 3.90 times smaller" in caplog.text
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.05, 0.09])
+@pytest.mark.parametrize("part", [0.3, 0.8, 1.0])
+def test_two_plans_tell_what_no_plan_shrinks(fixed, part):
+    target, held = 8.0, []
+    planned = 1 / target
+    for _ in range(2):
+        held.append((planned, fixed + part * planned))
+        planned = 1 / next_ratio(target, held)
+    assert 1 / (fixed + part * planned) == pytest.approx(target, rel=0.003)
+
+
+def test_a_ratio_below_what_no_plan_shrinks_is_not_asked_for():
+    with pytest.raises(ValueError, match="ask for less"):
+        next_ratio(8.0, [(0.1, 0.23)])
+
+
+@pytest.mark.parametrize("ratio", [3.0, 3.4])
+def test_a_ratio_is_reached_where_a_part_stays_as_it_is(ratio, caplog):
+    model = tiny_model("ministral", sliding_window=64)
+    text = "".join(chr(33 + (index * index + 3 * index) % 90) for index in range(9000))
+    options = {"scorer": "knorm", "samples": 2, "length": 256, "draws": 2, "sharing": False}
+    assert Tuner(model, Letters(), [text], **options).tune(ratio).verified.ratio >= 0.997 * ratio
+    assert "not reached" not in caplog.text
 
 
 def test_windows_do_not_repeat_and_quote_what_they_hold():
