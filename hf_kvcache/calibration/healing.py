@@ -157,8 +157,6 @@ class PairJudge:
         every = min(5, len(ids))
         held_out = torch.arange(len(ids)) % every == every - 1
         self.fitted, self.judged = self._trace(ids[~held_out]), self._trace(ids[held_out])
-        # a decoder without a head is read out by its embeddings, as a model with tied weights is
-        self.readout = (probe.model.get_output_embeddings() or probe.model.get_input_embeddings()).weight
         self.full = [self._log_probs(row) for row in probe.norm(self.judged.final)]
 
     def divergence(self, consumer: int, source: int) -> float:
@@ -188,8 +186,7 @@ class PairJudge:
         return UntouchedRun(batch, inputs, context.kv, hidden)
 
     def _log_probs(self, hidden: Tensor) -> Tensor:
-        # plain logits, an approximation where a family scales or caps them: only the order of the pairs matters
-        return nn.functional.linear(hidden, self.readout).float().log_softmax(-1)
+        return self.probe.logits(hidden[None])[0].float().log_softmax(-1)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ no family needs code of its own and a changed plan is evaluated only from the fi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from hf_kvcache.attention import SharingContext
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer, token_windows
@@ -172,17 +173,9 @@ class ModelProbe:
             batch.calls.append(kwargs)
             return hidden
 
-        forwards = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
-            for layer in self.layers:
-                layer.forward = pass_on
+        with forward_of(self.layers, pass_on):
             device = self.model.get_input_embeddings().weight.device
             self.adapter.find_decoder(self.model)(input_ids=ids.to(device), use_cache=False)
-        finally:
-            for layer, forward in zip(self.layers, forwards, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
         return batch
 
     def run_layer(self, layer: int, hidden: Tensor, batch: Batch, context: SharingContext | None = None) -> Tensor:
@@ -193,6 +186,18 @@ class ModelProbe:
     def norm(self, hidden: Tensor) -> Tensor:
         """The decoder's final norm."""
         return getattr(self.adapter.find_decoder(self.model), self.adapter.norm)(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the model predicts from hidden states `[B, T, hidden]` after the final norm, `[B, T, vocabulary]`.
+
+        By the forward of the model itself, with a decoder that is done already: some families scale or cap the logits.
+        """
+        if self.model.get_output_embeddings() is None:
+            # a decoder without a head is read out by its embeddings, as a model with tied weights is
+            return nn.functional.linear(hidden, self.model.get_input_embeddings().weight)
+        decoded = MoeModelOutputWithPast(last_hidden_state=hidden)
+        with forward_of([self.adapter.find_decoder(self.model)], lambda *args, **kwargs: decoded):
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -215,6 +220,21 @@ class ModelProbe:
         for layer in range(len(inputs) - 1, self.num_layers):
             inputs.append(self.run_layer(layer, inputs[layer], self._batch, context))
         return Trace(plan, inputs[:-1], context.kv, self.norm(inputs[-1]))
+
+
+@contextmanager
+def forward_of(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Lets modules compute something else for a while."""
+    own = [module.__dict__.get("forward") for module in modules]
+    try:
+        for module in modules:
+            module.forward = forward
+        yield
+    finally:
+        for module, before in zip(modules, own, strict=True):
+            del module.forward
+            if before is not None:
+                module.forward = before
 
 
 def first_difference(one: SharingPlan, other: SharingPlan) -> int:

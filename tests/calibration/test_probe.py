@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from hf_kvcache import KVSharer, SharingPlan, patch_model, unpatch_model
+from hf_kvcache.api import make_probe
+from hf_kvcache.calibration.healing import PairJudge
 from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.compat import sliding_windows
@@ -32,6 +34,43 @@ def test_final_hidden_is_that_of_a_full_forward(family):
             expected = model.model(IDS, use_cache=False).last_hidden_state
         unpatch_model(model)
         torch.testing.assert_close(hidden, expected)
+
+
+# families that scale or cap their logits, with numbers that matter; the others as they are
+LOGITS = {
+    "granite": {"logits_scaling": 8.0},
+    "cohere": {"logit_scale": 0.0625},
+    "gemma2": {"final_logit_softcapping": 3.0},
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "yoco"])
+def test_logits_are_the_models_own(family):
+    model = tiny_model(family, **LOGITS.get(family, {}))
+    before = model_state(model)
+    with torch.no_grad():
+        hidden, expected = model.model(IDS).last_hidden_state, model(IDS).logits
+        torch.testing.assert_close(make_probe(model, None).logits(hidden), expected)
+    before.assert_equal(model_state(model))
+
+
+def test_a_decoder_is_read_out_by_its_embeddings():
+    model = tiny_model("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        hidden, expected = model.model(IDS).last_hidden_state, model(IDS).logits
+        torch.testing.assert_close(make_probe(model.model, None).logits(hidden), expected)
+
+
+@pytest.mark.parametrize("family", LOGITS)
+def test_pairs_are_judged_by_the_models_own_logits(family):
+    model, ids = tiny_model(family, **LOGITS[family]), random_ids(batch=16, length=24)
+    probe = make_probe(model, None)
+    probe.use_texts(ids, 1, 24)
+    with torch.no_grad(), probe.attached():
+        judged = PairJudge(probe).full
+    with torch.no_grad():
+        expected = model(ids[4::5]).logits.log_softmax(-1)
+    torch.testing.assert_close(torch.stack(judged), expected)
 
 
 def test_a_plan_is_run_from_the_first_layer_that_it_changes():
