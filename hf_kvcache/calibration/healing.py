@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from hf_kvcache.attention import AttentionCall, SharingContext
 from hf_kvcache.calibration.query_fit import AttentionExample, fit_query
+from hf_kvcache.calibration.texts import TextTooShort
 from hf_kvcache.patches.adapter import replaceable
 from hf_kvcache.progress import progress
 from hf_kvcache.sharing import SharingPlan
@@ -41,14 +42,13 @@ def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, in
     Args:
         probe: the untouched model and its calibration texts.
         plan: which layers share.
-        windows: (samples, length) of the calibration batches.
+        windows: (samples, length) of the calibration batches; of those that the texts fill.
     """
     if plan.is_identity:
         return plan
     healed: dict[str, Tensor] = {}
     with probe.attached(), progress("healing layers", probe.num_layers) as advance:
-        ids = {ids.shape: ids for ids in (probe.tokens(*window) for window in windows)}
-        streams = [Stream(probe, probe.batch(rows), plan) for rows in ids.values()]
+        streams = [Stream(probe, probe.batch(ids), plan) for ids in calibration_batches(probe, windows)]
         for layer in range(probe.num_layers):
             if layer in plan.consumers:
                 weights = heal_layer(probe, layer, streams)
@@ -58,6 +58,22 @@ def heal_plan(probe: ModelProbe, plan: SharingPlan, windows: tuple[tuple[int, in
                     stream.advance(layer)
             advance()
     return replace(plan, healed=healed)
+
+
+def calibration_batches(probe: ModelProbe, windows: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """Token ids of every shape that the texts fill; raises when they fill none."""
+    found, refused = {}, None
+    for window in windows:
+        try:
+            ids = probe.tokens(*window)
+        except TextTooShort as error:
+            # texts of a little more than one window leave a rest each, which may be too much for this length alone
+            refused = error
+        else:
+            found[ids.shape] = ids
+    if refused is not None and not found:
+        raise refused
+    return list(found.values())
 
 
 def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream]) -> dict[str, Tensor]:
@@ -71,10 +87,9 @@ def heal_layer(probe: ModelProbe, layer: int, streams: list[Stream]) -> dict[str
             healed[f"{adapter.attention}.{name}"] = weight
             stack.enter_context(weight_of(getattr(attention, name), weight))
 
-        output = plain(attention, adapter.output, layer)
+        output = healable(probe, layer)
         examples = [stream.untouched_example(layer, output) for stream in streams]
         if adapter.query is not None:
-            plain(attention, adapter.query, layer)
             asked = [
                 stream.attention_example(layer, attention, call, key)
                 for stream, (call, key, _) in zip(streams, examples, strict=True)
@@ -273,6 +288,14 @@ def weight_of(module: nn.Module, weight: Tensor) -> Iterator[None]:
         yield
     finally:
         module.weight = old
+
+
+def healable(probe: ModelProbe, layer: int) -> nn.Linear:
+    """The output projection of a layer; raises unless it and what else healing refits can be refitted."""
+    adapter, attention = probe.adapter, getattr(probe.layers[layer], probe.adapter.attention)
+    if adapter.query is not None:
+        plain(attention, adapter.query, layer)
+    return plain(attention, adapter.output, layer)
 
 
 def plain(attention: nn.Module, name: str, layer: int) -> nn.Linear:

@@ -15,6 +15,10 @@ LEAST_TOKENS = 1024
 Calibration: TypeAlias = Sequence[str] | str | Path | Tensor | None
 
 
+class TextTooShort(ValueError):
+    """There are fewer tokens than asked for."""
+
+
 def shipped_texts() -> list[str]:
     """The sample in the package: public-domain prose, and modern prose, manuals, dialogue and code written for it."""
     folder = files("hf_kvcache") / "data" / "calibration"
@@ -33,6 +37,9 @@ def token_windows(
         tokenizer: turns text into ids.
         samples, length: how many windows of how many tokens.
         shrink: take fewer and shorter windows where the texts are short, rather than refuse them.
+
+    Raises:
+        TextTooShort: when the texts are not long enough.
     """
     if isinstance(calibration, Tensor):
         streams = [row.flatten() for row in calibration.reshape(-1, calibration.shape[-1]).long()]
@@ -50,7 +57,7 @@ def token_windows(
         samples = min(samples, len(windows))
     if len(windows) < samples:
         total = sum(len(stream) for stream in streams)
-        raise ValueError(
+        raise TextTooShort(
             f"the calibration text is too short: expected at least {samples} windows of {length} tokens, "
             f"got {len(windows)} ({total} tokens); give more text"
         )

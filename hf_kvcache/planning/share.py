@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.api import base_model, make_probe
+from hf_kvcache.calibration.healing import healable
 from hf_kvcache.calibration.probe import ModelProbe
 from hf_kvcache.calibration.texts import LEAST_TOKENS
 from hf_kvcache.plan import CachePlan
@@ -60,7 +61,13 @@ class Sharing:
         return len(self.layers) > 1 and self.probe.full.sharing.is_identity and self.ids.numel() >= LEAST_TOKENS
 
     def price(self, done: Callable[[], None] = lambda: None) -> list[Pair]:
-        """Each layer with the nearest one below, the cheapest first. The model's projections have to be plain ones."""
+        """Each layer with the nearest one below, the cheapest first.
+
+        Raises:
+            NotImplementedError: when healing could not refit a projection of a layer, before anything is measured.
+        """
+        for consumer in self.layers[1:]:
+            healable(self.probe, consumer)
         self.probe.use_texts(self.ids, 1, self.ids.shape[1])
         pairs = []
         for source, consumer in zip(self.layers, self.layers[1:]):

@@ -5,9 +5,9 @@ import torch
 
 from hf_kvcache import patch_model
 from hf_kvcache.plan import CachePlan
-from hf_kvcache.planning import Pair, Tuner, Verified, fold, solve, solve_shared
+from hf_kvcache.planning import Pair, Sharing, Tuner, Verified, fold, solve, solve_shared
 from hf_kvcache.sharing import SharingPlan
-from hf_kvcache.testing import tiny_model
+from hf_kvcache.testing import random_ids, tiny_model
 from tests.letters import Letters
 from tests.planning.made_up import random_costs
 
@@ -123,10 +123,24 @@ def test_a_map_that_misses_the_ratio_gives_way_to_a_plan_that_reaches_it(monkeyp
 
 def test_no_pairs_are_priced_where_none_can_be():
     assert tuner_of(tiny_model("llama"), sharing=False).pairs == []
-    said: list[str] = []
-    few = Tuner(tiny_model("llama"), Letters(), [TEXT], scorer="knorm", samples=2, length=256, draws=1, say=said.append)
+    few = Tuner(tiny_model("llama"), Letters(), [TEXT], scorer="knorm", samples=2, length=256, draws=1)
     assert few.pairs == []  # 512 tokens determine no projection
-    adapted = tiny_model("llama")
-    attention = adapted.model.layers[1].self_attn
-    attention.o_proj = Doubled(attention.o_proj)
-    assert tuner_of(adapted, say=said.append).pairs == [] and any("no layer will share" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+def test_no_layer_shares_where_one_could_not_be_healed(model, name):
+    attention = model.model.layers[2].self_attn
+    setattr(attention, name, Doubled(getattr(attention, name)))
+    said: list[str] = []
+    tuner = tuner_of(model, say=said.append)
+    tuner._costs = random_costs(layers=4)
+    assert tuner.pairs == [] and any(f"no layer will share: healing refits {name} of layer 2" in line for line in said)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(6, 250), (3, 380)])
+def test_texts_that_fill_some_windows_only_heal_a_map(model, rows, length):
+    sharing = Sharing(model, None, random_ids(rows, length), range(4))
+    assert sharing.possible and len(sharing.price()) == 3
+    plan = CachePlan.uniform(4, 2, 1.0, 8, 8, sharing=SharingPlan.from_pairs(4, [(2, 1)]))
+    healed = sharing.heal(plan).sharing
+    assert healed is not None and set(healed.healed) == {f"layers.2.self_attn.{name}" for name in ("q_proj", "o_proj")}
