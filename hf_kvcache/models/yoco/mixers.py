@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
@@ -63,6 +64,9 @@ class YocoRetention(nn.Module):
             # padding neither enters the state nor fades it
             key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
+        if state is not None and torch.is_grad_enabled():
+            # transformers' cache writes the next state over this one, which the gradient is still computed with
+            state = state.clone()
         out, state = gated_retention(query, key, value, log_decay, state, chunk=self.config.retention_chunk_size)
         if past_key_values is not None:
             past_key_values.layers[self.layer_idx].update_recurrent_state(state.detach(), tokens=query.shape[2])
