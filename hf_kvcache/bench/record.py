@@ -26,7 +26,7 @@ from hf_kvcache.measure import cache_bytes, kl_divergence, speed, top1_agreement
 from hf_kvcache.planning.verify import predictions, references
 from hf_kvcache.planning.windows import Window, windows
 from hf_kvcache.report import report
-from hf_kvcache.resolve import option_names, resolve
+from hf_kvcache.resolve import option_names, resolve, split_names
 
 FOLLOWING = 128
 DECODED = 16
@@ -91,10 +91,10 @@ def parse_setting(text: str, budgets: Sequence[float]) -> list[Setting]:
         options = json.loads(found[2] or "{}")
     except (AssertionError, json.JSONDecodeError):
         raise ValueError(f'expected NAME or NAME{{"option": value}}, got {text!r}') from None
-    takes = any("budget" in option_names(METHODS[name]) for name in found[1].split("+") if name in METHODS)
-    if not takes or "budget" in options or not budgets:
-        return [Setting(found[1], options)]
-    return [Setting(found[1], {**options, "budget": budget}) for budget in budgets]
+    names = [name.strip() for name in split_names(found[1])]
+    takes = any("budget" in option_names(METHODS[name]) for name in names if name in METHODS)
+    given = [{**options, "budget": budget} for budget in budgets] if takes and "budget" not in options else []
+    return [Setting("+".join(names), chosen) for chosen in given or [options]]
 
 
 @torch.no_grad()

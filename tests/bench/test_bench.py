@@ -44,6 +44,16 @@ def records(model, tmp_path_factory):
     return run(model, tmp_path_factory.mktemp("bench"))
 
 
+def test_names_may_have_spaces_around_them():
+    budgets = [0.5, 0.25]
+    assert parse_setting('snapkv {"window": 16}', budgets)[1] == Setting("snapkv", {"window": 16, "budget": 0.25})
+    assert [setting.label for setting in parse_setting(" snapkv + turboquant ", budgets)] == [
+        "snapkv+turboquant budget=0.5",
+        "snapkv+turboquant budget=0.25",
+    ]
+    assert parse_setting("yoco++ + turboquant", budgets) == [Setting("yoco+++turboquant")]
+
+
 def test_budgets_go_to_methods_that_have_them():
     assert [setting.label for setting in SETTINGS] == [
         "none",
