@@ -21,12 +21,12 @@ from hf_kvcache.api import compress, patch_model, unpatch_model, warn_of_half_pr
 from hf_kvcache.evaluation import Interval, bootstrap, filled_cache, make_task, score_answers, score_answers_aware
 from hf_kvcache.evaluation.filler import shipped_prose
 from hf_kvcache.evaluation.protocol import context_ids
-from hf_kvcache.fingerprint import fingerprint
+from hf_kvcache.fingerprint import fingerprint, weights_digest
 from hf_kvcache.measure import cache_bytes, kl_divergence, speed, top1_agreement
 from hf_kvcache.planning.verify import predictions, references
 from hf_kvcache.planning.windows import Window, windows
 from hf_kvcache.report import report
-from hf_kvcache.resolve import option_names, resolve
+from hf_kvcache.resolve import option_names, resolve, split_names
 
 FOLLOWING = 128
 DECODED = 16
@@ -62,7 +62,7 @@ class Record:
     """What was measured under one setting.
 
     Args:
-        run: of which it is a part: model, texts and lengths, as a digest.
+        run: of which it is a part: model, texts and lengths, and what is in files that options name, as a digest.
         setting: as `Setting.label`.
         figures: by name; intervals are three of them.
         heads: the share of a context that every head keeps, `[layers][heads]`, empty for a layer that holds none.
@@ -91,10 +91,10 @@ def parse_setting(text: str, budgets: Sequence[float]) -> list[Setting]:
         options = json.loads(found[2] or "{}")
     except (AssertionError, json.JSONDecodeError):
         raise ValueError(f'expected NAME or NAME{{"option": value}}, got {text!r}') from None
-    takes = any("budget" in option_names(METHODS[name]) for name in found[1].split("+") if name in METHODS)
-    if not takes or "budget" in options or not budgets:
-        return [Setting(found[1], options)]
-    return [Setting(found[1], {**options, "budget": budget}) for budget in budgets]
+    names = [name.strip() for name in split_names(found[1])]
+    takes = any("budget" in option_names(METHODS[name]) for name in names if name in METHODS)
+    given = [{**options, "budget": budget} for budget in budgets] if takes and "budget" not in options else []
+    return [Setting("+".join(names), chosen) for chosen in given or [options]]
 
 
 @torch.no_grad()
@@ -136,27 +136,38 @@ def run_bench(
     path = folder / "bench.jsonl"
     texts = [shipped_prose()] if texts is None else texts
     cut = windows(model, tokenizer, texts, contexts, length, FOLLOWING)
-    # the fingerprint is the same in every dtype and place, figures are not
-    place = [str(model.dtype), str(model.device)]
+    # the fingerprint is the same for fine-tuned weights and in every dtype and place, figures are not
+    place = [weights_digest(model), str(model.dtype), str(model.device)]
     described = [fingerprint(model), *place, *tasks, contexts, length, [window.context.tolist() for window in cut]]
-    run = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
-    known = {record.setting: record for record in read_records(path) if record.run == run and not record.error}
+    known = {(record.run, record.setting): record for record in read_records(path) if not record.error}
     measure = _Bench(model, tokenizer, cut, tasks, contexts, length)
     found = []
     for setting in settings:
-        if setting.label in known:
+        run = _digest([*described, *_contents(setting)])
+        if (run, setting.label) in known:
             say(f"{setting.label}: measured before")
         else:
             start = time.perf_counter()
             measure.prepare()
             record = _tried(measure, setting, run)
             _append(record, path)
-            known[setting.label] = record
+            known[run, setting.label] = record
             seconds = time.perf_counter() - start
             outcome = f"failed: {record.error}" if record.error else f"KL {record.figures['kl']:.4f}"
             say(f"{setting.label}: {outcome}, {seconds:.0f} s")
-        found.append(known[setting.label])
+        found.append(known[run, setting.label])
     return found
+
+
+def _digest(described: Any) -> str:
+    """Twelve hexadecimal digits that stand for what can be written as JSON."""
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:12]
+
+
+def _contents(setting: Setting) -> list[str]:
+    """Digests of the files that options name, such as a plan, which may be made anew under the same name."""
+    paths = [value for value in setting.options.values() if isinstance(value, (str, Path)) and os.path.isfile(value)]
+    return [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
 
 
 def _tried(measure: _Bench, setting: Setting, run: str) -> Record:

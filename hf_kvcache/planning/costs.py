@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,25 +148,28 @@ class _Window:
         scored = ids.shape[1] - 1 - question.first
         found: dict[int, Tensor] = {}
 
-        def watch(layer: KVCacheLayer, call: AttentionCall) -> None:
+        def watch(owner: int, layer: KVCacheLayer, call: AttentionCall) -> None:
             gradient = gradients[call.layer].unflatten(-1, (call.query.shape[1], -1))
-            changes = self._priced(layer, call, gradient.transpose(1, 2), self.segments[call.layer])
+            changes = self._priced(layer, call, gradient.transpose(1, 2), self.segments[owner])
             # layers may lie on several devices, and what is solved with these is small
-            found[call.layer] = (changes.square().mean(2) / (2 * scored)).cpu()
+            loss = (changes.square().mean(2) / (2 * scored)).cpu()
+            # where the architecture itself shares, a layer answers for all that read it
+            found[owner] = found[owner] + loss if owner in found else loss
 
         self._continue(ids, position, watch)
         return torch.stack([found[layer] for layer in self.layers])
 
     @torch.no_grad()
-    def _continue(self, ids: Tensor, position: int, watch: Callable[[KVCacheLayer, AttentionCall], None]) -> None:
+    def _continue(self, ids: Tensor, position: int, watch: Callable[[int, KVCacheLayer, AttentionCall], None]) -> None:
         """Runs what follows the context on a copy of the full cache; `watch` sees every layer that can evict attend."""
         cache: KVCache = copy.deepcopy(self.cache)
         for index in self.layers:
-            _watch_layer(cache.layers[index], watch)
+            _watch_layer(cache.layers[index], partial(watch, index))
         positions = torch.arange(position, position + ids.shape[1] - 1, device=ids.device)[None]
         patch_model(self.model)
         try:
-            self.model(input_ids=ids[:, :-1], past_key_values=cache, position_ids=positions, logits_to_keep=1)
+            # with all logits: a model that exits early would run its upper layers for the positions asked for only
+            self.model(input_ids=ids[:, :-1], past_key_values=cache, position_ids=positions)
         finally:
             unpatch_model(self.model)
 

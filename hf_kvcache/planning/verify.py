@@ -13,6 +13,7 @@ from hf_kvcache.api import compress, patch_model, unpatch_model
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import StateLayer
 from hf_kvcache.measure import Continuation, continued, kl_divergence
+from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.planning.windows import Question, Window
 from hf_kvcache.report import report, storage_bytes
 
@@ -69,7 +70,7 @@ def verify(
         divergences, held, whole = [], 0.0, 0.0
         for window, expected in zip(windows, full, strict=True):
             cache = compress(model, window.context)
-            sizes = bytes_in_16_bits(cache, _dtype(model))
+            sizes = bytes_in_16_bits(cache, model)
             held, whole = held + sizes[0], whole + sizes[1]
             divergences.append(
                 [
@@ -89,20 +90,20 @@ def predictions(model: Any, cache: Any, window: Window, question: Question) -> C
     return Continuation(found.log_probs[question.first :], found.targets[question.first :], found.kv_bytes)
 
 
-def bytes_in_16_bits(cache: KVCache, dtype: torch.dtype) -> tuple[float, float]:
-    """Bytes that a cache holds and that a full one would, if what is in `dtype`, the model's, were in 16 bits.
+def bytes_in_16_bits(cache: KVCache, model: Any) -> tuple[float, float]:
+    """Bytes that a cache holds and that a full one would, if what is in the dtype of the model were in 16 bits.
 
     Plans are measured in float32 and used in 16 bits, where what stays dense takes half as much.
     """
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    own = find_adapter(model).own_sharing(model)
     held = whole = 0.0
     for layer, found in zip(cache.layers, report(cache).layers, strict=True):
         # a state is in float32 whatever the model computes in
         share = 1.0 if isinstance(layer, StateLayer) else 2 / dtype.itemsize
         dense = storage_bytes(tensor for tensor in layer.tensors() if tensor.dtype == dtype)
         held += found.bytes - dense * (1 - share)
-        whole += found.full_bytes * share
+        # what the architecture itself shares no cache holds twice
+        if own is None or found.layer not in own.consumers:
+            whole += found.full_bytes * share
     return held, whole
-
-
-def _dtype(model: Any) -> torch.dtype:
-    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -13,6 +13,7 @@ import torch
 from hf_kvcache.bench import Setting, parse_setting, run_bench, write_csv, write_page
 from hf_kvcache.bench.page import pareto
 from hf_kvcache.bench.record import read_records
+from hf_kvcache.plan import CachePlan
 from hf_kvcache.testing import VOCABULARY, model_state, tiny_model
 from tests.letters import Letters
 
@@ -41,6 +42,16 @@ def run(model, folder, settings=SETTINGS, said=None):
 @pytest.fixture(scope="module")
 def records(model, tmp_path_factory):
     return run(model, tmp_path_factory.mktemp("bench"))
+
+
+def test_names_may_have_spaces_around_them():
+    budgets = [0.5, 0.25]
+    assert parse_setting('snapkv {"window": 16}', budgets)[1] == Setting("snapkv", {"window": 16, "budget": 0.25})
+    assert [setting.label for setting in parse_setting(" snapkv + turboquant ", budgets)] == [
+        "snapkv+turboquant budget=0.5",
+        "snapkv+turboquant budget=0.25",
+    ]
+    assert parse_setting("yoco++ + turboquant", budgets) == [Setting("yoco+++turboquant")]
 
 
 def test_budgets_go_to_methods_that_have_them():
@@ -93,6 +104,26 @@ def test_results_of_another_run_do_not_count(model, tmp_path):
     said = []
     run_bench(model, Letters(), SETTINGS[:1], tmp_path, tasks=[], contexts=1, length=256, texts=[TEXT], say=said.append)
     assert "measured before" not in said[0]
+
+
+def test_results_of_other_weights_do_not_count(tmp_path):
+    model, said = tiny_model("llama", max_position_embeddings=4096), []
+    run(model, tmp_path, SETTINGS[:1], said)
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(0.5)  # as fine-tuning leaves the embedding alone
+    run(model, tmp_path, SETTINGS[:1], said)
+    assert not any("measured before" in line for line in said)
+
+
+def test_results_of_another_file_under_the_same_name_do_not_count(model, tmp_path):
+    path, said = tmp_path / "plan.safetensors", []
+    setting = Setting("planned", {"plan": str(path)})
+    for bits in (8, 2):
+        CachePlan.uniform(4, 2, 1.0, bits, bits).save(path)
+        found = run(model, tmp_path, [setting], said)
+        run(model, tmp_path, [setting], said)
+    assert [line.endswith("measured before") for line in said] == [False, True, False, True]
+    assert found[0].figures["times_smaller_than_16_bit"] > 3
 
 
 def test_an_unknown_method_is_refused_before_anything_is_measured(model, tmp_path):

@@ -46,6 +46,25 @@ def test_in_mixed_precision_retention_is_given_one_dtype(monkeypatch):
 
 
 @every_kind
+def test_the_gradient_behind_a_cache_is_that_of_a_full_pass(kind):
+    model, ids = model_of(kind), random_ids(batch=2, length=24)
+    embedded = model.get_input_embeddings()(ids).detach()
+
+    def gradient(cached: bool) -> torch.Tensor:
+        last = embedded[:, 16:].clone().requires_grad_()
+        if cached:
+            with torch.no_grad():
+                cache = model(ids[:, :16], use_cache=True).past_key_values
+            found = model(inputs_embeds=last, past_key_values=cache).logits
+        else:
+            found = model(inputs_embeds=torch.cat([embedded[:, :16], last], 1), use_cache=False).logits[:, 16:]
+        return torch.autograd.grad(found.square().sum(), last)[0]
+
+    expected = gradient(False)
+    assert float((gradient(True) - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@every_kind
 def test_saved_and_loaded_by_the_auto_classes(kind, tmp_path):
     model, ids = model_of(kind), random_ids(batch=2, length=12)
     model.save_pretrained(tmp_path)

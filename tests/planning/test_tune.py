@@ -84,7 +84,7 @@ def has_full_attention(model) -> bool:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "yoco"])
 def test_every_family_can_be_measured(family):
     model = tiny_model(family)
     widths = ((8, 8), (4, 4))
@@ -95,6 +95,21 @@ def test_every_family_can_be_measured(family):
     costs = measure_costs(model, Letters(), [window()], "knorm", draws=1, kept=(1.0, 0.5), widths=widths)
     assert len(costs.layers) == costs.loss.shape[0] and bool(costs.loss.isfinite().all())
     assert bool((costs.loss[:, 0, 1] > 0).any())
+
+
+@pytest.mark.parametrize("silent", [2, 3])
+def test_an_owner_is_priced_for_all_layers_that_read_it_by_design(silent):
+    def loss(early_exit: bool, *unheard: int) -> torch.Tensor:
+        model = tiny_model("yoco", early_exit=early_exit)
+        for layer in unheard:
+            torch.nn.init.zeros_(model.model.layers[layer].self_attn.o_proj.weight)
+        return measure_costs(model, Letters(), [window()], "knorm", 2, (1.0, 0.5), ((4, 4),)).loss
+
+    # layer 3 reads what layer 2 stores
+    heard = loss(False, silent)
+    assert heard.shape == (1, 1, 2, 2) and bool((heard > 0).all())
+    assert bool((loss(False, 2, 3) == 0).all())
+    torch.testing.assert_close(loss(True, silent), heard)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -13,14 +13,17 @@ def ratio(family: str, dtype: torch.dtype, method: str | None, **options) -> flo
     return verify(model, None, held_back, references(model, held_back), method, **options).ratio
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+# layers that keep everything, that keep a window, and that keep a state
+FAMILIES = ("llama", "gemma2", "yoco")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_cache_that_keeps_everything_is_no_smaller(family, dtype):
     assert ratio(family, dtype, None) == pytest.approx(1.0)
 
 
-# with layers that keep everything, with layers that keep a window, and with layers that keep a state
-@pytest.mark.parametrize("family", ["llama", "gemma2", "yoco"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_ratio_is_that_of_a_model_in_16_bits(family):
     found = ratio(family, torch.float32, "turboquant", key_bits=8, value_bits=4)
     assert found == pytest.approx(ratio(family, torch.bfloat16, "turboquant", key_bits=8, value_bits=4))

@@ -67,6 +67,9 @@ class YocoRetention(nn.Module):
             # padding neither enters the state nor fades it
             key, log_decay = key * token_mask[:, None, :, None], log_decay * token_mask[:, None]
         state = None if past_key_values is None else past_key_values.layers[self.layer_idx].recurrent_states[0]
+        if state is not None and torch.is_grad_enabled():
+            # transformers' cache writes the next state over this one, which the gradient is still computed with
+            state = state.clone()
         # RoPE's tables are in float32 in mixed precision, and the operator's kernels take one dtype
         query, key = query.to(value.dtype), key.to(value.dtype)
         retain = partial(retain_apart, restarts) if restarts else gated_retention
