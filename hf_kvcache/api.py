@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -68,6 +69,8 @@ def patch_model(
                 spec = spec.fill("sharing", old.spec.sharing, old.spec.filled_by["sharing"])
         check_fit(spec)
         check_processes(target, spec)
+        for doubt in spec.doubts():
+            warnings.warn(doubt, UserWarning, stacklevel=2)
         attach(target, probe.adapter, spec, old)
     except BaseException:
         if old is not None:

@@ -142,7 +142,8 @@ class CacheSpec:
         if self.scorer is None:
             return None
         budget = DEFAULT_BUDGET if self.budget is None else self.budget
-        return EvictionPolicy(self.scorer, self.allocator or self.scorer.host, self.selector, budget, self.every)
+        scorer = self.scorer.beside(self.selector)
+        return EvictionPolicy(scorer, self.allocator or scorer.host, self.selector, budget, self.every)
 
     @property
     def evicting(self) -> tuple[int, ...]:
@@ -157,6 +158,16 @@ class CacheSpec:
         return tuple(
             tuple(layer for layer, source in enumerate(sources) if source == producer) for producer in self.evicting
         )
+
+    def doubts(self) -> list[str]:
+        """What can be done, but is hardly what was meant: a sentence for each."""
+        found, policy = [], self.eviction
+        if policy is not None and policy.scorer.weighs_values and policy.selector.weighs_values:
+            found.append(
+                f"{policy.scorer.name!r} multiplies its score by norms of values, and {policy.selector.name!r}, which "
+                "expects attention alone, does so again; leave value_norm out"
+            )
+        return found
 
     def check(self) -> None:
         """Raises when the sharing plan does not fit the model, or the eviction slots do not fit each other."""

@@ -32,6 +32,7 @@ class Scorer(Protocol):
             allocator looks at all layers at once, the whole cache is held dense until that is done.
         host: the allocator to use when no method brings one.
         rotates: whether it needs the rotary embeddings (`Reading.rotate`).
+        weighs_values: whether the norms of the values are in the score.
     """
 
     name: ClassVar[str]
@@ -39,10 +40,13 @@ class Scorer(Protocol):
     while_decoding: ClassVar[bool]
     replays: ClassVar[bool]
 
+    rotates: ClassVar[bool]
+
     @property
     def host(self) -> Allocator: ...
 
-    rotates: ClassVar[bool]
+    @property
+    def weighs_values(self) -> bool: ...
 
     @property
     def window(self) -> int | float: ...
@@ -52,6 +56,10 @@ class Scorer(Protocol):
 
     @property
     def queries(self) -> int | None: ...
+
+    def beside(self, selector: Selector) -> Scorer:
+        """The scorer for this selector: options that were left to depend on it are set."""
+        ...
 
     def score(self, observation: Observation) -> Tensor:
         """Returns scores `[B, H_kv, T]`, float32; the higher, the sooner kept."""
@@ -103,9 +111,17 @@ class Allocator(Protocol):
 
 
 class Selector(Protocol):
-    """Which tokens a head keeps, given how many."""
+    """Which tokens a head keeps, given how many.
+
+    Attributes:
+        name: of the method.
+        weighs_values: whether it multiplies scores by norms of the values.
+    """
 
     name: ClassVar[str]
+
+    @property
+    def weighs_values(self) -> bool: ...
 
     def select(self, score: Tensor, counts: Tensor, observation: Observation) -> Tensor:
         """Returns a mask `[B, H_kv, T]`, True for exactly `counts` tokens of every head; shapes as above."""
@@ -153,6 +169,7 @@ class TopK:
     """Every head keeps its highest scores."""
 
     name: ClassVar[str] = "top-k"
+    weighs_values: ClassVar[bool] = False
 
     def select(self, score: Tensor, counts: Tensor, observation: Observation) -> Tensor:
         return top_mask(score, counts)

@@ -14,6 +14,10 @@ the query heads that read a KV head. The printed pseudocode differs from text, c
 not followed: its header has first_stage 0.25, and it uses the product in both stages. Hosts whose score is no attention
 weight (Knorm, KeyDiff, R-KV) are not in the paper; where their scores are negative, the least of a head counts as zero.
 
+Both stages are about A alone: stage 1 is to hold most of the attention, and theorem 3.5 multiplies that by the norm
+once. A host whose score has a norm of the values in it would count norms twice, so Expected Attention leaves its own
+out here unless `value_norm=True` insists, of which `patch_model` warns.
+
 `norm="l2"` takes ||V_i W_O||_2 through the Gram matrix W_O W_O^T of every head, `D x D`, which is about hidden/D times
 cheaper and, by the paper, about as good.
 """
@@ -58,6 +62,10 @@ class CriticalKV(EvictionMethod):
             raise ValueError(f"first_stage is a share of the budget, in [0, 1], got {self.first_stage}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {self.norm!r}")
+
+    @property
+    def weighs_values(self) -> bool:
+        return self.first_stage < 1
 
     def select(self, score: Tensor, counts: Tensor, observation: Observation) -> Tensor:
         protected = (score == torch.inf).sum(-1)

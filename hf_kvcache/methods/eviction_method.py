@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_kvcache.eviction import Allocator, Observation, Uniform
+from hf_kvcache.eviction import Allocator, Observation, Scorer, Selector, Uniform
 from hf_kvcache.eviction.policy import check_budget
 from hf_kvcache.methods.method import CalibrationModel, Method
 from hf_kvcache.spec import CacheSpec
@@ -34,6 +34,11 @@ class EvictionMethod(Method):
 
     def __post_init__(self):
         check_budget(1 if self.budget is None else self.budget, self.every)
+
+    @property
+    def weighs_values(self) -> bool:
+        """Whether the norms of the values are in the score, or in what a selector makes of it."""
+        return False
 
     def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
         return spec.fill(self.slot, self, by=self.name).limit(self.budget, self.every, by=self.name)
@@ -75,6 +80,10 @@ class ScoringMethod(EvictionMethod):
     def host(self) -> Allocator:
         """The allocator to use when no method brings one."""
         return Uniform()
+
+    def beside(self, selector: Selector) -> Scorer:
+        """The scorer for this selector, which most need not know."""
+        return self
 
     def passes(self, ids: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """How to read the context again; for scorers with `replays`."""

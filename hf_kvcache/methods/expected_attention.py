@@ -12,19 +12,19 @@ closed form. In its order, for every query head:
 Defaults as in kvpress, by the paper's authors: horizon 512; 4 sinks, which are always kept, whose queries step 1 leaves
 out and whose keys step 4: they would take most of the attention, and epsilon drown what is left; and epsilon 1e-2, that
 of their leaderboard entry (which also splits the budget with AdaKV). The paper has ||W_O v_i|| in step 5; for that
-compose with CriticalKV and `value_norm=False`. A soft cap on attention scores (Gemma 2) has no place in the closed form
-and is ignored.
+compose with CriticalKV, beside which step 5 is left out: its second stage does that. A soft cap on attention scores
+(Gemma 2) has no place in the closed form and is ignored.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_kvcache.eviction import Observation, Reading
+from hf_kvcache.eviction import Observation, Reading, Scorer, Selector
 from hf_kvcache.methods.eviction_method import ScoringMethod, check_count
 
 
@@ -36,7 +36,7 @@ class ExpectedAttention(ScoringMethod):
         sinks: number of first tokens that are always kept, and whose queries and keys do not count.
         horizon: number of future positions.
         covariance: use S; without it the expectation is that of the mean query.
-        value_norm: multiply by the norm of the value.
+        value_norm: multiply by the norm of the value; None to do so unless the selector does (criticalkv).
         epsilon: added to the expected attention before that.
     """
 
@@ -47,7 +47,7 @@ class ExpectedAttention(ScoringMethod):
     sinks: int = 4
     horizon: int = 512
     covariance: bool = True
-    value_norm: bool = True
+    value_norm: bool | None = None
     epsilon: float = 1e-2
 
     def __post_init__(self):
@@ -60,11 +60,18 @@ class ExpectedAttention(ScoringMethod):
     def queries(self) -> None:
         return None
 
+    @property
+    def weighs_values(self) -> bool:
+        return self.value_norm is not False
+
+    def beside(self, selector: Selector) -> Scorer:
+        return replace(self, value_norm=not selector.weighs_values) if self.value_norm is None else self
+
     def score(self, observation: Observation) -> Tensor:
         logits = torch.cat([self.expected_logits(observation, reading) for reading in observation.readings], dim=2)
         logits[..., : self.sinks] = torch.finfo(logits.dtype).min
         score = logits.softmax(dim=-1).mean(dim=2)
-        if self.value_norm:
+        if self.weighs_values:
             score = (score + self.epsilon) * torch.linalg.vector_norm(observation.value.float(), dim=-1)
         return score
 

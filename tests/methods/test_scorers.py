@@ -276,7 +276,7 @@ def test_expected_attention(options, readings):
                     z.append(math.exp(logit))
                 weights.append([value / sum(z) for value in z])
         expected = {t: sum(member[t] for member in weights) / len(weights) for t in range(16)}
-        if not method.value_norm:
+        if not method.weighs_values:
             return expected
         norms = observed.value[row, head].double().norm(dim=-1)
         return {t: (score + method.epsilon) * float(norms[t]) for t, score in expected.items()}
