@@ -20,12 +20,24 @@ app = typer.Typer(
 calibrate_app = typer.Typer(help="Fit a method to a model and save the result.", no_args_is_help=True)
 app.add_typer(calibrate_app, name="calibrate")
 app.add_typer(store_app, name="store")
-console = Console()
+# what is printed is text: brackets and colons in it are no markup
+console = Console(markup=False, emoji=False)
 DTYPES = ("float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Argument(help="Folder or name of the model, or 'smollm2' for the small one.")]
 Device = Annotated[str, typer.Option(help="Where the model runs, such as cuda:0; 'auto' spreads it over all there is.")]
 DType = Annotated[str, typer.Option(help="Of the weights. In 16 bits, rounding hides what is gentler than 4.")]
+
+
+def to_write(path: Path) -> Path:
+    """Makes the folder of a file that is to be written, before the work that goes into it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written, its folder cannot be made ({error}); name another place") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"expected the name of a file to write, but {path} is a folder; name a file in it")
+    return path
 
 
 @app.command()
@@ -60,7 +72,7 @@ def demo(
 @calibrate_app.command("kvsharer")
 def calibrate_kvsharer(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", callback=to_write, help="File to write the plan to.")],
     share: Annotated[float, typer.Option(help="Share of the layers that give up their KV.")] = 0.25,
     threshold: Annotated[float, typer.Option(help="Least cosine similarity for a pair to be kept.")] = 0.5,
     order: Annotated[str, typer.Option(help="Which pairs come first; the published rule is 'dissimilar'.")] = "kl",
@@ -83,7 +95,7 @@ def calibrate_kvsharer(
 @calibrate_app.command("headkv")
 def calibrate_headkv(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the importance to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", callback=to_write, help="File to write the importance to.")],
     samples: Annotated[int, typer.Option(help="Number of questions.")] = 24,
     length: Annotated[int, typer.Option(help="Tokens of each text.")] = 512,
     device: Device = "cpu",
@@ -102,7 +114,7 @@ def calibrate_headkv(
 @calibrate_app.command("sequential")
 def calibrate_sequential(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the basis to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", callback=to_write, help="File to write the basis to.")],
     samples: Annotated[int, typer.Option(help="Number of texts.")] = 64,
     length: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
     text: Annotated[Path | None, typer.Option(help="Text file to calibrate on; default: the shipped sample.")] = None,
@@ -161,7 +173,7 @@ def bench(
 @app.command()
 def tune(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write the plan to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", callback=to_write, help="File to write the plan to.")],
     target_ratio: Annotated[float, typer.Option(help="How many times smaller than in 16 bits.")] = 8.0,
     data: Annotated[Path | None, typer.Option(help="Text file to measure on; default: the shipped sample.")] = None,
     scorer: Annotated[str, typer.Option(help="Method that says which tokens a head keeps.")] = "kvzip",
@@ -324,7 +336,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, NotImplementedError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", highlight=False)
+        errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+        errors.print(f"error: {error}", style="red", highlight=False)
         raise SystemExit(2) from None
 
 

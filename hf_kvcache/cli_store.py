@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_kvcache.sequential.store import PrefixStore
 
 store_app = typer.Typer(help="Look into, check and clean a store of prompts (method sequential).", no_args_is_help=True)
-console = Console()
+console = Console(markup=False, emoji=False)
 
 Url = Annotated[str, typer.Argument(help="Folder or URL of the store.")]
 SECRET_HELP = "File with the secret that pages are signed with; one newline at its end does not count."

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_kvcache import smollm2
 from hf_kvcache.api import find_plans, patch_model, unpatch_model
@@ -60,7 +61,8 @@ def run_demo(output: Path, prompt: int, scored: int, steps: int, console: Consol
         console.print(f"measured {name}")
     print_table(rows, console)
     for name, generated in texts.items():
-        console.print(f"[bold]{name}[/bold] goes on: {generated!r}")
+        # as text: what a model says may look like markup
+        console.print(Text(name, style="bold"), Text(f"goes on: {generated!r}"))
     write_csv(rows, output / "demo.csv")
     plot(rows, output / "demo.png")
     console.print(f"wrote {output / 'demo.csv'} and {output / 'demo.png'}")

@@ -12,9 +12,16 @@ from torch import Tensor
 
 
 def write(path: str | Path, file_format: str, description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes tensors and a JSON-able description under the name of a format."""
+    """Writes tensors and a JSON-able description under the name of a format.
+
+    Raises:
+        OSError: when the file cannot be written.
+    """
     metadata = {"format": file_format, "description": json.dumps(description)}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}); expected a file in a folder that is there") from error
 
 
 def read(path: str | Path, file_format: str | None, how_to_make: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from hf_kvcache import METHODS, SharingPlan, measure_heads, new_cache, patch_model, safefile
 from hf_kvcache.calibration.sequential_basis import calibrate_basis
 from hf_kvcache.cli import load_model, main
+from hf_kvcache.plan import CachePlan
+from hf_kvcache.planning import Tuned, Verified
 from hf_kvcache.testing import random_ids, tiny_model
 
 
@@ -110,6 +112,38 @@ def test_a_mistake_is_one_message_and_code_2(monkeypatch, capsys, tmp_path, tiny
     monkeypatch.chdir(tmp_path)
     code, _, errors = run(monkeypatch, capsys, *(argument.format(tiny=tiny) for argument in arguments))
     assert code == 2 and words in errors and "Traceback" not in errors
+
+
+def test_brackets_are_printed_as_they_are(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run(monkeypatch, capsys, "report", "[lm-eval].safetensors")
+    assert code == 2 and "there is no file [lm-eval].safetensors" in errors
+    SharingPlan.from_pairs(4, [(3, 1)], settings={"texts": "[bold] [/red] :warning:"}).save("plan.safetensors")
+    code, out, _ = run(monkeypatch, capsys, "report", "plan.safetensors")
+    assert code == 0 and "[bold] [/red] :warning:" in out
+
+
+def test_a_plan_is_written_where_there_is_no_folder_yet(monkeypatch, capsys, tmp_path, tiny):
+    found = Verified(0.1, 0.2, 8.0)
+    made = Tuned(CachePlan.uniform(4, 2, 0.5, 4, 4), 0.3, found, found)
+    monkeypatch.setattr("hf_kvcache.planning.tune", lambda *args, **options: made)
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = run(monkeypatch, capsys, "tune", tiny, "-o", "new/folder/plan.safetensors")
+    assert code == 0 and "saved new/folder/plan.safetensors" in out, errors
+    assert CachePlan.load("new/folder/plan.safetensors").num_layers == 4
+
+
+@pytest.mark.parametrize("command", [("tune",), ("calibrate", "kvsharer"), ("calibrate", "headkv")])
+def test_a_place_that_cannot_be_written_is_refused_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, command):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "plan", tmp_path):
+        code, _, errors = run(monkeypatch, capsys, *command, "absent", "-o", place)
+        assert code == 2 and str(place) in errors and "smollm2" not in errors
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path):
+    with pytest.raises(OSError, match=r"absent/plan.* could not be written .* expected a file in a folder"):
+        CachePlan.uniform(4, 2, 0.5, 4, 4).save(tmp_path / "absent" / "plan")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -32,7 +32,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from hf_kvcache.api import compress, is_patched, patch_model
 from hf_kvcache.integrations.scoring import ScoredText, score_texts
 from hf_kvcache.methods import METHODS
-from hf_kvcache.resolve import option_names
+from hf_kvcache.resolve import option_names, resolve
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 # of a task's document: the end of its prompt, which is asked after the compression
@@ -79,6 +79,10 @@ class KVCacheLM(HFLM):
         own = set(inspect.signature(HFLM.__init__).parameters)
         of_methods = {name for cls in METHODS.values() for name in option_names(cls)} - own
         chosen = {name: options.pop(name) for name in list(options) if name in of_methods}
+        if not isinstance(pretrained, str):
+            # HFLM hands what it does not know on to the loading of a model, and to nobody where there is one
+            chosen |= {name: options.pop(name) for name in set(options) - own}
+            resolve(method, chosen)
         super().__init__(pretrained, **options)
         if self.backend != "causal":
             raise NotImplementedError(f"hf-kvcache is for decoder-only models, this one is {self.backend}")

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from hf_kvcache import patch_model, smollm2
+from hf_kvcache import is_patched, patch_model, smollm2
 from hf_kvcache.testing import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[lm-eval]'")
@@ -75,6 +75,17 @@ def test_nothing_lost_gives_the_scores_of_lm_eval(model, tokenizer, batch_size):
             else:
                 # a sum of hundreds of float32 log-probabilities
                 assert likelihood(mine) == pytest.approx(likelihood(theirs), rel=1e-6, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "right"), [("knorm", {"buget": 0.1}, "budget"), ("turboquant", {"bit": 2}, "bits")]
+)
+def test_an_unknown_option_is_refused(model, tokenizer, method, options, right):
+    from hf_kvcache.integrations.lm_eval import KVCacheLM
+
+    with pytest.raises(ValueError, match=f"unknown option '{next(iter(options))}'; valid options here: .*{right}"):
+        KVCacheLM(model, method, tokenizer=tokenizer, **options)
+    assert not is_patched(model)
 
 
 def test_a_compressed_cache_gives_other_scores_that_can_be_had_again(model, tokenizer):
