@@ -27,7 +27,7 @@ class CachePlan:
 
     Args:
         kept: the share of a context that each KV head keeps, `[layers, H_kv]`, in (0, 1]. Rows of layers with a sliding
-            window and of consumers are not looked at.
+            window and of consumers are not looked at; `tune` writes 1 there, and 16 bits.
         bits: of keys and of values, `[layers, 2]`: 2, 3, 4 or 8; 16 and 16 for a layer that stays as it is.
         scorer: name of the method that says which tokens a head keeps; not used where all shares are 1.
         sharing: which layers read the KV of others; None for none.
@@ -72,7 +72,7 @@ class CachePlan:
     @property
     def evicts(self) -> bool:
         """Whether some head keeps less than everything."""
-        return bool((self.kept < 1).any())
+        return bool((self.kept[self._producers] < 1).any())
 
     def summary(self) -> str:
         """The plan in one line."""
@@ -80,14 +80,26 @@ class CachePlan:
         if self.sharing is not None and self.sharing.consumers:
             pairs = ", ".join(f"{layer}<-{self.sharing.source_layers[layer]}" for layer in self.sharing.consumers)
             parts.append(f"shared layers {pairs}")
+        rows = self._producers
+        changed = [row for row in rows if self.bits[row, 0] != DENSE or bool((self.kept[row] < 1).any())]
         if self.evicts:
-            low, mean, high = float(self.kept.min()), float(self.kept.mean()), float(self.kept.max())
+            kept = self.kept[changed]
+            low, mean, high = float(kept.min()), float(kept.mean()), float(kept.max())
             shares = f"{mean:.0%}" if low == high else f"{mean:.0%} on average ({low:.0%} to {high:.0%})"
             parts.append(f"{self.scorer} keeps {shares}")
-        for name, widths in zip(("keys", "values"), self.bits.T.tolist()):
+        for name, widths in zip(("keys", "values"), self.bits[changed].T.tolist()):
             counted = ", ".join(f"{width} x {widths.count(width)}" for width in sorted(set(widths), reverse=True))
-            parts.append(f"{name} in {widths[0] if len(set(widths)) == 1 else counted} bits")
+            if widths:
+                parts.append(f"{name} in {widths[0] if len(set(widths)) == 1 else counted} bits")
+        if len(changed) < len(rows):
+            parts.append(f"{len(rows) - len(changed)} of {self.num_layers} layers as they are")
         return "; ".join(parts)
+
+    @property
+    def _producers(self) -> list[int]:
+        """The layers that store something: of the others no row is looked at."""
+        consumers = () if self.sharing is None else self.sharing.consumers
+        return [layer for layer in range(self.num_layers) if layer not in consumers]
 
     def save(self, path: str | Path) -> None:
         """Writes the plan, healed weights and fingerprint as one safetensors file."""

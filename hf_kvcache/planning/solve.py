@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_kvcache.plan import CachePlan
+from hf_kvcache.plan import DENSE, CachePlan
 from hf_kvcache.planning.costs import POSITION_BYTES, Costs
 
 
@@ -48,9 +48,9 @@ def solve(costs: Costs, ratio: float, fingerprint: str = "") -> tuple[CachePlan,
         low, high = (low, middle) if sizes.total(*_best(loss, sizes, middle)) <= allowed else (middle, high)
     width, kept = _best(loss, sizes, high)
     kept = _fill(loss, sizes, width, kept, allowed)
-    # layers that were not measured hold a window or another layer's KV, and no entry of theirs is looked at
+    # layers that were not measured hold a window or another layer's KV, and stay as they are
     shares = torch.ones(costs.num_layers, heads)
-    bits = torch.full((costs.num_layers, 2), 8)
+    bits = torch.full((costs.num_layers, 2), DENSE)
     rows = list(costs.layers)
     shares[rows] = torch.tensor(costs.kept)[kept]
     bits[rows] = torch.tensor(costs.widths)[width]

@@ -1,6 +1,7 @@
 """Plans: what they say is what the cache holds, they survive a file, and a foreign or broken one is refused."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hf_kvcache import SharingPlan, compress, is_patched, new_cache, patch_model
 from hf_kvcache.fingerprint import fingerprint
 from hf_kvcache.methods.planned import without_measuring
 from hf_kvcache.plan import CachePlan
+from hf_kvcache.planning import solve
 from hf_kvcache.testing import FAMILIES, greedy, random_ids, tiny_model
 from tests.letters import Letters
+from tests.planning.made_up import random_costs
 
 KEPT = torch.tensor([[0.2, 0.6], [1.0, 0.4], [0.5, 0.5], [0.3, 0.9]])
 BITS = torch.tensor([[8, 4], [4, 4], [4, 2], [16, 16]])
@@ -43,6 +46,26 @@ def test_a_shared_layer_keeps_what_its_own_row_says():
     patch_model(model, plan=CachePlan(KEPT, BITS, "knorm", sharing))
     cache = compress(model, IDS)
     assert [cache.layers[layer].segments[0].lengths[0] for layer in (0, 1)] == [(40, 120), (200, 80)]
+
+
+def test_a_summary_is_of_the_layers_that_a_plan_changes():
+    assert CachePlan(KEPT, BITS, "knorm").summary() == (
+        "knorm keeps 55% on average (20% to 100%); keys in 16 x 1, 8 x 1, 4 x 2 bits; "
+        "values in 16 x 1, 4 x 2, 2 x 1 bits"
+    )
+    shared = CachePlan(KEPT[[0, 0, 1, 1]], BITS[[1, 1, 2, 2]], "knorm", SharingPlan.from_pairs(4, [(2, 1), (3, 1)]))
+    assert shared.summary() == "shared layers 2<-1, 3<-1; knorm keeps 40% on average (20% to 60%); " + (
+        "keys in 4 bits; values in 4 bits"
+    )
+    assert CachePlan.uniform(4, 2, 1.0, 16, 16).summary() == "4 of 4 layers as they are"
+
+
+def test_layers_that_were_not_measured_are_not_in_the_summary():
+    costs = replace(random_costs(), layers=(1, 3), num_layers=4)
+    plan, _ = solve(costs, 256 / 68 * 1.2)
+    assert plan.bits[[0, 2]].unique().tolist() == [16] and bool((plan.kept[[0, 2]] == 1).all())
+    mean = float(plan.kept[[1, 3]].mean())
+    assert f"knorm keeps {mean:.0%} on average" in plan.summary() and "2 of 4 layers as they are" in plan.summary()
 
 
 def test_a_plan_survives_a_file(tmp_path):
