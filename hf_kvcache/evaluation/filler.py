@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -33,13 +34,14 @@ def drawn_sentences(random: Random, filler: str | None) -> Sequence[str]:
     return found[start:] + found[:start]
 
 
-def largest_that_fits(tokenizer: Any, length: int, build: Callable[[int], Task]) -> Task:
+def largest_that_fits(tokenizer: Any, length: int, build: Callable[[int], Task], most: float = math.inf) -> Task:
     """The last of the tasks `build(0)`, `build(1)`, ... whose context has at most `length` tokens.
 
     Args:
         tokenizer: counts the tokens.
         length: tokens allowed.
         build: makes the task with so many units of filler, or of rows; every unit makes its context longer.
+        most: units that it can be made with.
     """
 
     def size(units: int) -> int:
@@ -51,8 +53,17 @@ def largest_that_fits(tokenizer: Any, length: int, build: Callable[[int], Task])
             f"length must be at least {smallest}, the tokens of the smallest {build(0).name!r}, got {length}"
         )
     fits, too_many = 0, 1
-    while size(too_many) <= length:
+    while too_many <= most and size(too_many) <= length:
         fits, too_many = too_many, 2 * too_many
+    if too_many > most:
+        too_many = int(most)
+        longest = size(too_many)
+        if longest == length:
+            return build(too_many)
+        if longest < length:
+            raise ValueError(
+                f"length must be at most {longest}, the tokens of the longest {build(too_many).name!r}, got {length}"
+            )
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         if size(middle) <= length:

@@ -10,6 +10,7 @@ from hf_kvcache.evaluation.task import Task
 from hf_kvcache.evaluation.words import ADJECTIVES, NOUNS
 
 ASKED = 8
+MOST_ROWS = len(ADJECTIVES) * len(NOUNS)
 
 
 def key_values(seed: int, rows: int, asked: int = ASKED) -> Task:
@@ -44,8 +45,8 @@ def functions(seed: int, rows: int, asked: int = ASKED) -> Task:
 def _table(seed: int, rows: int, asked: int) -> tuple[dict[str, str], list[str]]:
     """Names with their codes, and the names asked for."""
     names = [f"{adjective} {noun}" for adjective, noun in product(ADJECTIVES, NOUNS)]
-    if not 1 <= rows <= len(names):
-        raise ValueError(f"rows must be from 1 to {len(names)}, got {rows}")
+    if not 1 <= rows <= MOST_ROWS:
+        raise ValueError(f"rows must be from 1 to {MOST_ROWS}, got {rows}")
     if asked < 1:
         raise ValueError(f"asked must be at least 1, got {asked}")
     random = Random(seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hf_kvcache.evaluation.filler import largest_that_fits
-from hf_kvcache.evaluation.lookup import functions, key_values
+from hf_kvcache.evaluation.lookup import MOST_ROWS, functions, key_values
 from hf_kvcache.evaluation.needles import niah, passkey, tracking
 from hf_kvcache.evaluation.task import Task
 
@@ -43,7 +43,7 @@ def make_task(name: str, tokenizer: Any, seed: int, length: int | None = None, f
     if length is None:
         raise ValueError(f"{name!r} needs length, the tokens of its context")
     if kind in IN_ROWS:
-        return largest_that_fits(tokenizer, length, lambda rows: IN_ROWS[kind](seed, rows + 1))
+        return largest_that_fits(tokenizer, length, lambda more: IN_ROWS[kind](seed, 1 + more), MOST_ROWS - 1)
     if name == "passkey":
         return passkey(tokenizer, length, seed)
     return IN_FILLER[kind](tokenizer, length, seed, int(size), filler)

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from hf_kvcache.evaluation import SUITE, make_task
+from hf_kvcache.evaluation.lookup import MOST_ROWS
 from hf_kvcache.real_models import REAL_MODELS
 
 FILLER = " ".join(f"Sentence number {index} says nothing that matters." for index in range(90))
@@ -66,6 +67,23 @@ def test_rows_and_functions_lead_to_their_answer():
     for question, answer in made("func-20").questions:
         name = re.fullmatch(r"\n    assert (get_\w+)\(\) ==", question)[1]
         assert namespace[name]() == int(answer)
+
+
+def by_spaces(text, add_special_tokens):
+    return {"input_ids": text.split()}
+
+
+@pytest.mark.parametrize("kind", ["kv", "func"])
+def test_a_list_may_have_up_to_as_many_rows_as_there_are_names(kind):
+    def length(rows: int) -> int:
+        return len(make_task(f"{kind}-{rows}", words, 0).context.split())
+
+    longest, row = length(MOST_ROWS), length(2) - length(1)
+    # twice as many rows as half of the names and one more are more than there are names
+    for rows in (MOST_ROWS // 2 + 1, MOST_ROWS):
+        assert make_task(kind, by_spaces, 0, longest - row * (MOST_ROWS - rows)).name == f"{kind}-{rows}"
+    with pytest.raises(ValueError, match=f"length must be at most {longest}, .* the longest '{kind}-{MOST_ROWS}', got"):
+        make_task(kind, by_spaces, 0, longest + 1)
 
 
 def test_assignments_can_be_followed_forwards():
