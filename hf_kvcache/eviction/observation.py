@@ -15,10 +15,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_kvcache.kernels.library import at_once
 from hf_kvcache.kernels.window_scores import causal_logits, window_scores
 
 # scores of at most so many (query, key) pairs are in memory at once
 PAIRS_AT_ONCE = 1 << 22
+# the same on a GPU, which a launch of so few would leave idle
+GPU_PAIRS_AT_ONCE = 1 << 26
 
 
 class Rotation(Protocol):
@@ -138,16 +141,29 @@ class Observation:
     def attention_chunks(self) -> Iterator[Tensor]:
         """`attention()` in parts along W, so that a long prompt does not need all of it at once."""
         batch, heads, group, length, _ = self.query.shape
-        step = max(1, PAIRS_AT_ONCE // (batch * heads * group * self.num_tokens))
+        step = rows_at_once(self.key.device, batch * heads * group * self.num_tokens)
+        # of a long prompt in 16 bits, converting all keys for every part would take longer than the products
+        key = self.key.float()
         for start in range(0, length, step):
-            yield self._logits(self.query[..., start : start + step, :], self.num_tokens - length + start).softmax(-1)
+            query = self.query[..., start : start + step, :]
+            yield self._logits(query, self.num_tokens - length + start, key).softmax(-1)
 
-    def _logits(self, query: Tensor, first: int) -> Tensor:
-        """Attention logits of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`."""
-        scores = causal_logits(query, self.key, first, self.scale, self.softcap)
+    def _logits(self, query: Tensor, first: int, key: Tensor | None = None) -> Tensor:
+        """Attention logits of queries `[B, H_kv, G, W, D]`, the first of which stands at column `first`.
+
+        Args:
+            query, first: as above.
+            key: the keys in float32, where they were converted before.
+        """
+        scores = causal_logits(query, self.key if key is None else key, first, self.scale, self.softcap)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, :, None, None], torch.finfo(scores.dtype).min)
         return scores
+
+
+def rows_at_once(device: torch.device, pairs: int) -> int:
+    """How many rows of so many (query, key) pairs to score at once."""
+    return max(1, at_once(device, PAIRS_AT_ONCE, GPU_PAIRS_AT_ONCE) // pairs)
 
 
 def output_weight(module: nn.Module, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_kvcache.eviction import Observation
-from hf_kvcache.eviction.observation import PAIRS_AT_ONCE
+from hf_kvcache.eviction.observation import rows_at_once
 from hf_kvcache.methods.eviction_method import ScoringMethod, check_count
 from hf_kvcache.methods.snapkv import check_pooling, pool
 
@@ -80,7 +80,7 @@ def redundancy(key: Tensor, valid: Tensor | None, threshold: float) -> Tensor:
         key = key * valid.unsqueeze(-1)
     column = torch.arange(tokens, device=key.device)
     total = torch.zeros(batch, heads, tokens, device=key.device)
-    step = max(1, PAIRS_AT_ONCE // (batch * heads * tokens))
+    step = rows_at_once(key.device, batch * heads * tokens)
     for start in range(0, tokens, step):
         row = column[start : start + step]
         similarity = torch.matmul(key[:, :, row], key.transpose(-1, -2))
