@@ -167,6 +167,12 @@ class CacheSpec:
                 f"{policy.scorer.name!r} multiplies its score by norms of values, and {policy.selector.name!r}, which "
                 "expects attention alone, does so again; leave value_norm out"
             )
+        if policy is not None and not self.evicting:
+            found.append(
+                f"{policy.scorer.name!r} will drop nothing: it evicts from layers with full attention, and here are "
+                "none, but layers whose window or state bounds what they keep; leave the method out, or, where prompts "
+                "are shorter than the window, load the model with sliding_window=None in its configuration"
+            )
         return found
 
     def check(self) -> None:

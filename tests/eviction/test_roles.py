@@ -38,3 +38,16 @@ def test_a_norm_that_counts_twice_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert scorer_of([ExpectedAttention(value_norm=True)]).weighs_values
+
+
+def test_a_model_without_full_attention_is_warned_of():
+    with pytest.warns(UserWarning, match="'snapkv' will drop nothing: .* leave the method out") as found:
+        model = patch_model(tiny_model("mistral"), "snapkv+adakv", budget=10, window=4)
+        with torch.no_grad():
+            model(random_ids(length=30))
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch_model(tiny_model("mistral", sliding_window=None), "snapkv", budget=10, window=4)
+        patch_model(tiny_model("gemma2"), "snapkv", budget=10, window=4)
+        patch_model(tiny_model("mistral"), "turboquant")
