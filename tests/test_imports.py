@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 AXES = {"sharing", "plan", "eviction", "codecs", "stores", "segment", "layout", "tail"}
-GROUND = {"autocast", "clock", "kernels", "fingerprint", "progress", "safefile"}
+GROUND = {"autocast", "clock", "devices", "kernels", "fingerprint", "progress", "safefile"}
 VALUES = {"spec"} | GROUND | AXES
 RUNTIME = {"attention", "layers", "persistence", "cache", "deferred", "patches"}
 
@@ -28,6 +28,7 @@ LAYERS = {
     "kernels": {"kernels"},
     "autocast": set(),
     "clock": set(),
+    "devices": set(),
     "fingerprint": set(),
     "progress": set(),
     "safefile": set(),

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from hf_kvcache.attention import SharingContext
 from hf_kvcache.calibration.texts import Calibration, find_tokenizer, token_windows
+from hf_kvcache.devices import input_device
 from hf_kvcache.eviction.importance import HeadImportance
 from hf_kvcache.patches.adapter import Adapter
 from hf_kvcache.patches.attach import attach, detach
@@ -174,8 +175,7 @@ class ModelProbe:
             return hidden
 
         with forward_of(self.layers, pass_on):
-            device = self.model.get_input_embeddings().weight.device
-            self.adapter.find_decoder(self.model)(input_ids=ids.to(device), use_cache=False)
+            self.adapter.find_decoder(self.model)(input_ids=ids.to(input_device(self.model)), use_cache=False)
         return batch
 
     def run_layer(self, layer: int, hidden: Tensor, batch: Batch, context: SharingContext | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_kvcache.api import is_patched, new_cache, patch_model, unpatch_model, warn_of_half_precision
 from hf_kvcache.calibration.texts import Calibration, token_windows
+from hf_kvcache.devices import input_device
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.patches.prefix import model_facts
 from hf_kvcache.progress import progress
@@ -156,7 +157,7 @@ def _read(model: nn.Module, ids: Tensor, generator: torch.Generator | None) -> t
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     for index, layer in cache.producers.items():
         layer.witness = partial(_keep, kept, index)
-    ids = ids.to(decoder.device)
+    ids = ids.to(input_device(decoder))
     half = ids.shape[1] // 2
     with torch.set_grad_enabled(generator is not None):
         if generator is None:

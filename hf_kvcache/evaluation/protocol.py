@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_kvcache.devices import input_device
 from hf_kvcache.evaluation.filler import token_ids
 from hf_kvcache.evaluation.task import Task
 from hf_kvcache.measure import Continuation, continued
@@ -36,9 +37,9 @@ class Answer:
 
 
 def context_ids(model: Any, tokenizer: Any, text: str) -> Tensor:
-    """Token ids `[1, T]` of raw text, on the device of the model's embedding."""
+    """Token ids `[1, T]` of raw text, where the model takes them."""
     ids = torch.tensor([token_ids(tokenizer, text)], dtype=torch.long)
-    return ids.to(model.get_input_embeddings().weight.device)
+    return ids.to(input_device(model))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.api import new_cache
+from hf_kvcache.devices import input_device
 
 # rows that follow one batch of contexts are fed together up to here: what is sealed is shared, so they cost little
 ROWS_AT_ONCE = 8
@@ -103,7 +104,9 @@ def _prefill(
         mask `[B, P]`, None where nothing is padded.
     """
     longest = max(map(len, batch))
-    ids = torch.tensor([[0] * (longest - len(context)) + list(context) for context in batch], device=_device(model))
+    ids = torch.tensor(
+        [[0] * (longest - len(context)) + list(context) for context in batch], device=input_device(model)
+    )
     cache, options = new_cache(model), {}
     mask = None
     if any(len(context) < longest for context in batch):
@@ -168,8 +171,4 @@ def _slices(given: Sequence[Tensor], skipped: int) -> Iterator[Tensor]:
 
 def _right_padded(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=_device(model))
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=input_device(model))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_kvcache.calibration.texts import Calibration, token_windows
+from hf_kvcache.devices import input_device
 from hf_kvcache.evaluation.filler import token_ids
 
 QUOTED, LEAD = 112, 16
@@ -61,7 +62,7 @@ def windows(
         seed: of where the quotations begin.
     """
     ids = token_windows(texts, model, tokenizer, count, length + following)
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(input_device(model))
     break_ = torch.tensor([token_ids(tokenizer, BREAK)], device=ids.device)
     return [_window(row[None], length, break_, start) for row, start in zip(ids, _starts(count, length, seed))]
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_kvcache.devices import input_device
+
 
 @dataclass(frozen=True)
 class CodedTokens:
@@ -95,6 +97,6 @@ def _run(model: Any, shape: Any, choose: Callable[[int, np.ndarray], np.ndarray]
     for place in range(length):
         tokens = torch.from_numpy(np.asarray(choose(place, probabilities), dtype=np.int64))[:, None]
         if place + 1 < length:
-            out = model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True)
+            out = model(input_ids=tokens.to(input_device(model)), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             probabilities = out.logits[:, -1].float().softmax(-1).cpu().numpy()
