@@ -27,9 +27,8 @@ APART = [max(0, (kind - 1) // 3 - 9) for kind in range(CLASSES)]
 SHIFT = np.array(APART, dtype=np.int32)
 
 
-def pack_codes(codes: np.ndarray) -> dict[str, bytes]:
-    """Sections by name, of codes `[J, n]`, int32."""
-    classes = classes_of(codes)
+def pack_codes(codes: np.ndarray, classes: np.ndarray) -> dict[str, bytes]:
+    """Sections by name, of codes `[J, n]`, int32, whose rows have the classes of `classes_of`, or some near them."""
     order = _order(classes)
     rows, shift = codes[order], SHIFT[classes[order]][:, None]
     high = rows >> shift
@@ -83,10 +82,14 @@ def unpack_codes(sections: Mapping[str, Any], shape: tuple[int, int]) -> tuple[n
 
 def classes_of(codes: np.ndarray) -> np.ndarray:
     """The class of every row of codes `[J, n]`, uint8."""
-    mean = np.abs(codes).mean(1, dtype=np.float64)
+    return class_of(np.abs(codes).mean(1, dtype=np.float64))
+
+
+def class_of(mean: Any) -> Any:
+    """The class of codes with this mean size, uint8."""
     with np.errstate(divide="ignore"):
         found = np.floor(3 * (np.log2(mean) + 8)) + 1
-    return np.where(mean > 0, np.clip(found, 1, CLASSES - 1), 0).astype(np.uint8)
+    return np.where(np.asarray(mean) > 0, np.clip(found, 1, CLASSES - 1), 0).astype(np.uint8)
 
 
 def frequencies_of(classes: np.ndarray, symbols: np.ndarray) -> np.ndarray:

@@ -1,11 +1,11 @@
 """`Residual`: predictive coding of a page without the model's help. What the mean and the other layers and heads say of
-a number is taken off it, and the rest is rounded to a step and range coded.
+a number is taken off it, and the rest is rounded and range coded.
 
 1. the first token of a sequence stays in 16 bit: its keys and values are like no others
 2. RoPE is undone (keys), the mean of every channel subtracted
 3. channels weighed by what an error in them costs, and an orthonormal transform across keys and values of layers and
    heads; both calibrated once a model (`basis`)
-4. one uniform step for all components, from one knob; most become zero
+4. one error for all components, from one knob; most become zero, and those that do not share a trellis (`rounding`)
 5. codes range coded in classes of one size (`codes`)
 
 The recipe is that of KVTC (arXiv 2511.01815) with a uniform step in place of allocated bits, and with keys and values
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_kvcache.sequential import rounding
 from hf_kvcache.sequential.basis import Basis, KeysValues, Part, gather, scatter
-from hf_kvcache.sequential.codes import CLASSES, pack_codes, unpack_codes
 from hf_kvcache.sequential.lossless import INTEGERS
 from hf_kvcache.sequential.packing import PageError, compress, join_planes, split_planes
 from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
@@ -35,12 +35,6 @@ SINKS = 1
 PLAIN_QUALITY = 3.0
 # the finest quality, and one over the coarsest
 MOST = 1e6
-# what is taken off a size before it is rounded: a zero more costs less than it saves
-DEAD = 0.12
-# the largest code
-FAR = 1 << 30
-# sizes whose mean is kept for every class: 1, 2, and 3 or more
-SIZES = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components are rounded to 1/quality. With a basis the unit is that of `calibration.sequential_basis`,
+        quality: components err as if each were rounded to 1/quality. With a basis the unit is that of `calibration.sequential_basis`,
             and 8 costs SmolLM2 about what 4 bits of TurboQuant do (`sequential_rate.csv`); without one it is the
             deviation of a head, and 3 does.
         basis: from calibration; None to take channels as they are.
@@ -71,7 +65,7 @@ class Residual:
     @property
     def identity(self) -> str:
         digest = "none" if self.basis is None else self.basis.digest
-        return f"{self.name} {self.quality} {digest} {self.full} {self.sinks}"
+        return f"{self.name} trellis {self.quality} {digest} {self.full} {self.sinks}"
 
     def encode(self, page: Page, context: Context) -> Coded:
         plain = len(page) if len(page) < self.full else min(max(self.sinks - page.start, 0), len(page))
@@ -91,13 +85,10 @@ class Residual:
         components = torch.cat([part.forward(gather(tensors, part.members)) for part in parts], dim=1)
         if not bool(components.isfinite().all()):
             return None
-        sizes = (components.abs() * self.quality).T.contiguous().numpy()
-        codes = np.minimum(np.floor(sizes + (0.5 - DEAD)), FAR).astype(np.int32)
-        packed = pack_codes(np.where(components.T.numpy() < 0, -codes, codes))
-        centres = _centres(sizes, codes, np.frombuffer(packed["classes"], np.uint8))
+        sections = rounding.encode((components * self.quality).T.contiguous().numpy())
         basis = "" if self.basis is None else self.basis.digest
         facts = {"plain": plain, "quality": self.quality, "basis": basis}
-        return Coded(facts, {**_to_half(page, plain), **packed, **stored, "centres": centres.tobytes()})
+        return Coded(facts, {**_to_half(page, plain), **sections, **stored})
 
     def decode(self, coded: Coded, ids: np.ndarray, start: int, context: Context) -> Page:
         geometry, facts = context.geometry, coded.facts
@@ -113,9 +104,9 @@ class Residual:
                 raise PageError(f"the page was coded with the basis {str(facts.get('basis'))[:20]!r}, not with ours")
             self._check(geometry)
             parts = _restored_parts(coded.sections, geometry) if self.basis is None else self.basis.parts
-            codes, classes = unpack_codes(coded.sections, (geometry.numbers, len(ids) - plain))
-            sizes = _sizes(codes, classes, coded.sections.get("centres"), quality)
-            decoded = _decoded(sizes, parts, geometry)
+            components = rounding.decode(coded.sections, (geometry.numbers, len(ids) - plain))
+            components /= np.float32(quality)
+            decoded = _decoded(components, parts, geometry)
             positions = torch.arange(start + plain, start + len(ids))
             for place in range(len(geometry.producers)):
                 key = decoded[0][place]
@@ -154,31 +145,6 @@ class Residual:
                 f"the basis is for layers {own[0]} with {own[1]} heads of {own[2]}, the cache has {given[0]}, "
                 f"{given[1]}, {given[2]}; calibrate one for this model and plan"
             )
-
-
-def _centres(sizes: np.ndarray, codes: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """By class, and size 1, 2, or more: the mean of what was rounded to it, less what it was rounded to; `[CLASSES,
-    SIZES]`, int8, in steps of 1/256."""
-    index = (classes.astype(np.int64)[:, None] * (SIZES + 1) + np.minimum(codes, SIZES)).reshape(-1)
-    count = np.bincount(index, minlength=CLASSES * (SIZES + 1))
-    total = np.bincount(index, weights=(sizes - codes).reshape(-1), minlength=len(count))
-    mean = (total / np.maximum(count, 1)).reshape(CLASSES, SIZES + 1)[:, 1:]
-    return np.clip(np.round(256 * mean), -127, 127).astype(np.int8)
-
-
-def _sizes(codes: np.ndarray, classes: np.ndarray, centres: Any, quality: float) -> np.ndarray:
-    """Components `[J, n]`, float32, of codes."""
-    if centres is None or len(centres) != CLASSES * SIZES:
-        raise PageError(f"a coded page must have {CLASSES} times {SIZES} centres")
-    moved = np.frombuffer(centres, dtype=np.int8).reshape(CLASSES, SIZES).astype(np.float32) / 256
-    # what to add to a code: by class, and by the code from -SIZES to SIZES
-    table = np.concatenate([-moved[:, ::-1], np.zeros((CLASSES, 1), np.float32), moved], axis=1)
-    index = np.clip(codes, -SIZES, SIZES)
-    index += (table.shape[1] * classes.astype(np.int32) + SIZES)[:, None]
-    sizes = table.take(index)
-    sizes += codes
-    sizes /= np.float32(quality)
-    return sizes
 
 
 def _decoded(components: np.ndarray, parts: tuple[Part, ...], geometry: Geometry) -> tuple[dict[int, Tensor], ...]:

@@ -11,7 +11,7 @@ from hf_kvcache.calibration.sequential_basis import calibrate_basis
 from hf_kvcache.sequential import record
 from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.basis import Basis, gather, groups, scatter
-from hf_kvcache.sequential.codes import pack_codes, unpack_codes
+from hf_kvcache.sequential.codes import classes_of, pack_codes, unpack_codes
 from hf_kvcache.sequential.identity import page_key
 from hf_kvcache.sequential.packing import PageError, compress
 from hf_kvcache.sequential.page import Coded, Context, Geometry, Page
@@ -85,7 +85,7 @@ def test_codes_come_back(high, shape):
     choose = np.random.default_rng(0)
     codes = choose.integers(-high, high + 1, shape).astype(np.int32)
     codes[0, 0] = -(2**30) if high else 0
-    found, classes = unpack_codes(pack_codes(codes), shape)
+    found, classes = unpack_codes(pack_codes(codes, classes_of(codes)), shape)
     assert np.array_equal(found, codes) and np.array_equal(classes > 0, codes.any(1))
 
 
@@ -101,12 +101,12 @@ def test_codes_take_the_bits_that_they_carry():
     choose = np.random.default_rng(0)
     sizes = 2.0 ** np.linspace(6, -8, 2048)[:, None]
     codes = np.round(choose.laplace(size=(2048, 256)) * sizes).astype(np.int32)
-    alike = sum(len(compress(data)[1]) for data in pack_codes(codes).values())
+    alike = sum(len(compress(data)[1]) for data in pack_codes(codes, classes_of(codes)).values())
     assert 8 * alike < 1.02 * laplace_bits(codes, sizes) + 8 * 4096
 
 
 def test_zeros_take_nothing():
-    sections = pack_codes(np.zeros((512, 256), np.int32))
+    sections = pack_codes(np.zeros((512, 256), np.int32), np.zeros(512, np.uint8))
     assert sum(len(compress(data)[1]) for data in sections.values()) < 256 * 4 + 200
 
 
