@@ -42,9 +42,9 @@ class Residual:
     """Codes keys and values with a loss that one knob sets.
 
     Args:
-        quality: components err as if each were rounded to 1/quality. With a basis the unit is that of `calibration.sequential_basis`,
-            and 8 costs SmolLM2 about what 4 bits of TurboQuant do (`sequential_rate.csv`); without one it is the
-            deviation of a head, and 3 does.
+        quality: components err as if each were rounded to 1/quality. With a basis the unit is that of
+            `calibration.sequential_basis`, and 8 costs SmolLM2 about what 4 bits of TurboQuant do
+            (`sequential_rate.csv`); without one it is the deviation of a head, and 3 does.
         basis: from calibration; None to take channels as they are.
         full: tokens of a full page; shorter pages stay in 16 bit. 0 to code every page.
         sinks: how many of the first tokens of a sequence stay in 16 bit.
