@@ -163,8 +163,9 @@ def kill_a_writer(folder: Path, seed: int, seconds: float) -> dict[str, int]:
 
 def compete(url: str, seed: int, seconds: float, done: Connection, sessions: int = 40) -> None:
     """Reads, writes and now and then removes sessions that other processes do the same with; sends what happened."""
-    choose, end = random.Random(seed), time.time() + seconds
     store = PrefixStore(url, page_size=8)
+    # on a busy machine it can take seconds to open one
+    choose, end = random.Random(seed), time.time() + seconds
     counts = {"rounds": 0, "read": 0, "wrong": 0, "not_stored": 0, "removed": 0}
     while time.time() < end:
         pages = chain(choose.randrange(1, 5), choose.randrange(sessions))
