@@ -106,13 +106,32 @@ def load(
     return PageFile({name: value for name, value in header.items() if name != "sections"}, sections)
 
 
+def peek(data: bytes | memoryview, name: str, most: Callable[[dict[str, Any]], int]) -> PageFile:
+    """Header and first section of a page without a signature, of which only the beginning was read. Nothing vouches
+    for what it says: for lists of pages, not for their use.
+
+    Args:
+        data: the first bytes of the file.
+        name: that the first section must have.
+        most: from the header, how many bytes the section may decode to.
+
+    Raises:
+        PageError: when they are not in these bytes.
+    """
+    data = memoryview(data)
+    magic, version, length = _magic(data)
+    _check_signature(magic == SIGNED, data, data, b"")
+    header, body = _header(data, version, length)
+    table = _table(header)
+    if not table or table[0][0] != name or table[0][2] > len(body) or table[0][3] > most(header):
+        raise PageError(f"the first bytes of a page must hold its section {name!r}")
+    _, coding, stored, decoded = table[0]
+    return PageFile(header, {name: packing.decompress(coding, body[:stored], decoded)})
+
+
 def _frame(data: memoryview, secret: bytes) -> tuple[dict[str, Any], memoryview]:
     """Header and sections of a page whose checksum is right."""
-    if len(data) < FRAME.size + CHECKSUM:
-        raise PageError(f"a page has at least {FRAME.size + CHECKSUM} bytes, got {len(data)}: it is truncated")
-    magic, version, length = FRAME.unpack_from(data)
-    if magic not in (MAGIC, SIGNED):
-        raise PageError(f"not a page file: it begins with {bytes(magic)!r}, expected {MAGIC!r} or {SIGNED!r}")
+    magic, version, length = _magic(data)
     end = len(data) - CHECKSUM
     if checksum(data[:end]) != bytes(data[end:]):
         raise PageError("the checksum of a page is wrong: it is damaged or truncated")
@@ -121,7 +140,22 @@ def _frame(data: memoryview, secret: bytes) -> tuple[dict[str, Any], memoryview]
     if magic == SIGNED:
         end -= CHECKSUM
     _check_signature(magic == SIGNED, data[:end], data[end : end + CHECKSUM], secret)
-    if version < 1 or length > min(MAX_HEADER, end - FRAME.size):
+    return _header(data[:end], version, length)
+
+
+def _magic(data: memoryview) -> tuple[bytes, int, int]:
+    """Magic, format and length of the header."""
+    if len(data) < FRAME.size + CHECKSUM:
+        raise PageError(f"a page has at least {FRAME.size + CHECKSUM} bytes, got {len(data)}: it is truncated")
+    magic, version, length = FRAME.unpack_from(data)
+    if magic not in (MAGIC, SIGNED):
+        raise PageError(f"not a page file: it begins with {bytes(magic)!r}, expected {MAGIC!r} or {SIGNED!r}")
+    return magic, version, length
+
+
+def _header(data: memoryview, version: int, length: int) -> tuple[dict[str, Any], memoryview]:
+    """The header, and what follows it."""
+    if not 1 <= version <= VERSION or length > min(MAX_HEADER, len(data) - FRAME.size):
         raise PageError(f"the page says format {version} and a header of {length} bytes, which it cannot have")
     try:
         header = json.loads(bytes(data[FRAME.size : FRAME.size + length]))
@@ -129,7 +163,7 @@ def _frame(data: memoryview, secret: bytes) -> tuple[dict[str, Any], memoryview]
         raise PageError(f"the header of a page is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise PageError(f"the header of a page must be an object, got {type(header).__name__}")
-    return header, data[FRAME.size + length : end]
+    return header, data[FRAME.size + length :]
 
 
 def _check_signature(signed: bool, data: memoryview, signature: memoryview, secret: bytes) -> None:

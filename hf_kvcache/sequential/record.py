@@ -78,8 +78,18 @@ def annotated(data: bytes, information: float, secret: bytes = b"") -> bytes:
 
 def summary(data: bytes, secret: bytes = b"") -> Entry:
     """What an index knows of a page, from its file; keys and values are not decoded."""
-    file = pagefile.load(data, secret, lambda header: 4 * _checked(header)["tokens"], only=("ids",))
+    file = pagefile.load(data, secret, _most_ids, only=("ids",))
     return Entry.of_header(dict(file.description), _ids(file), len(data))
+
+
+def peek(data: bytes, size: int) -> Entry:
+    """The same of a file of `size` bytes, from its first bytes; whether the rest is whole is not known.
+
+    Raises:
+        PageError: when the first bytes do not say it.
+    """
+    file = pagefile.peek(data, "ids", _most_ids)
+    return Entry.of_header(dict(file.description), _ids(file), size)
 
 
 def read(data: bytes, key: str, parent: str, codecs: dict[str, PageCodec], context: Context, secret: bytes) -> Page:
@@ -116,6 +126,10 @@ def _decoded(codec: PageCodec, coded: Coded, ids: np.ndarray, start: int, contex
         raise UnreadablePage(f"there is no memory to decode a page of {len(ids)} tokens ({error})") from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise PageError(f"the page does not decode as {codec.name!r} ({type(error).__name__}: {error})") from error
+
+
+def _most_ids(header: dict[str, Any]) -> int:
+    return 4 * _checked(header)["tokens"]
 
 
 def _checked(header: dict[str, Any]) -> dict[str, Any]:

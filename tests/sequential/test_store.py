@@ -1,4 +1,4 @@
-"""The store of pages in a folder: exact reuse, failures that are survived, limits, and what crashes leave."""
+"""The store of pages in a folder: exact reuse, failures that are survived, and what crashes leave."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hf_kvcache.sequential import eviction
-from hf_kvcache.sequential.backends import Entry, open_backend
+from hf_kvcache.sequential.backends import open_backend
 from hf_kvcache.sequential.backends.directory import Directory
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import (
@@ -262,62 +262,6 @@ def test_a_store_that_is_gone_is_survived(store):
         store.put(pages[0], IDENTITY.root, CODECS["lossless"], CONTEXT)
 
 
-def test_a_limit_keeps_what_is_worth_most(tmp_path):
-    size = PrefixStore(tmp_path / "one", page_size=8)
-    put_chain(size, chain(1))
-    page = size.backend.total()
-    store = PrefixStore(tmp_path / "two", page_size=8, limit_bytes=int(6.5 * page))
-    shared = chain(3)
-    put_chain(store, shared, seconds=10.0)
-    for _ in range(3):
-        store.adopted(store.match(IDENTITY, ids_of(shared)), 24)
-        store.flush()
-    for seed in range(1, 9):
-        put_chain(store, chain(1, seed), seconds=1.0)
-        assert store.backend.total() <= store.limit_bytes
-    assert len(store.match(IDENTITY, ids_of(shared))) == 3
-    assert len(list(store.entries())) == 6
-    # no page without those before it
-    keys = {entry.key for entry in store.entries()}
-    assert all(entry.parent in keys or entry.parent == IDENTITY.root for entry in store.entries())
-
-
-def test_a_limit_below_a_page_is_said(tmp_path):
-    store = PrefixStore(tmp_path, page_size=8, limit_bytes=100)
-    with pytest.warns(RuntimeWarning, match="limit_bytes=100 is smaller than one page"):
-        assert put_chain(store, chain(1)) == [None]
-    assert restored(store, ids_of(chain(1))) == []
-
-
-def test_pins_hold_a_session(tmp_path):
-    store = PrefixStore(tmp_path, page_size=8)
-    first, second = chain(3), chain(3, 1)
-    keys = put_chain(store, first)
-    put_chain(store, second)
-    store.pin("a chat", keys[-1])
-    store.gc(limit_bytes=1)
-    assert sorted(entry.key for entry in store.entries()) == sorted(keys)
-    store.pin("a chat", None)
-    store.gc(limit_bytes=1)
-    assert list(store.entries()) == []
-
-
-def test_worth_follows_time_bytes_and_reuse():
-    def entry(**fields):
-        plain = {"size": 100, "created": 0.0, "seconds": 1.0, "information": 10.0}
-        return Entry("a" * 64, "b" * 64, np.zeros(1, np.uint32), 0, "lossless", **{**plain, **fields})
-
-    plain = eviction.worth(entry(), 10.0)
-    assert eviction.worth(entry(seconds=2.0), 10.0) == pytest.approx(2 * plain)
-    assert eviction.worth(entry(size=200), 10.0) == pytest.approx(plain / 2)
-    assert eviction.worth(entry(hits=1), 10.0) > 100 * plain
-    # the model's prior counts for a likely page, and is forgotten after a few hits
-    likely = eviction.worth(entry(information=1.0), 10.0)
-    assert likely == pytest.approx(2**9 * plain)
-    used = [eviction.worth(entry(information=bits, hits=20), 10.0) for bits in (1.0, 10.0, None)]
-    assert used[0] / used[2] == pytest.approx(1, rel=0.03)
-
-
 def test_gc_removes_tails_that_a_longer_page_stands_for(store):
     whole = random_page(1)
     key = store.put(whole.first(3), IDENTITY.root, CODECS["lossless"], CONTEXT)
@@ -358,18 +302,6 @@ def test_a_page_that_is_removed_meanwhile_is_not_damaged(tmp_path, scheme, monke
     other.backend.delete(victim.key, victim.parent)
     monkeypatch.setattr(store.backend, "entries", lambda: iter(listed))
     assert store.verify() == (1, [])
-
-
-def test_objects_that_are_removed_meanwhile_are_no_failure(tmp_path, monkeypatch):
-    pytest.importorskip("fsspec", reason="fsspec is not installed")
-    store = PrefixStore(f"local://{tmp_path}", page_size=8)
-    put_chain(store, chain(2))
-    found = store.backend._all
-    monkeypatch.setattr(
-        store.backend, "_all", lambda folder: [*found(folder), f"{tmp_path}/{folder}/{'0' * 64}/{'1' * 64}"]
-    )
-    assert store.verify() == (2, [])
-    store.backend.delete("1" * 64, "0" * 64)
 
 
 def test_urls_and_options_are_checked(tmp_path):
