@@ -33,8 +33,9 @@ def positions_wanted(config: Any, *, logits_to_keep: int | Tensor = 0, labels: A
     """For how many last positions of a forward with these arguments anything is asked of the upper layers; 0: all."""
     # None is as good as nothing, as in transformers
     given = {name: value for name, value in kwargs.items() if value is not None}
-    inner = any(given.get(name, getattr(config, name, False)) for name in OF_ALL)
-    return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not inner else 0
+    # bounds of packed sequences count every position
+    whole = "cu_seq_lens_q" in given or any(given.get(name, getattr(config, name, False)) for name in OF_ALL)
+    return logits_to_keep if isinstance(logits_to_keep, int) and labels is None and not whole else 0
 
 
 def widened(wanted: int, spec: CacheSpec, mask: Tensor | None) -> int:

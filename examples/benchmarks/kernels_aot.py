@@ -5,7 +5,8 @@
     python examples/benchmarks/kernels_aot.py --check --quick    a few of them, in less than a minute
 
 Either fails where a kernel spills in a loop, takes more shared memory than a program may, misses the tensor cores, or
-where the decode loop takes more instructions an element than `BUDGET`; but for those in `EXCUSED`, which says why.
+where the decode loop takes more instructions an element than `BUDGET`; but for those in `EXCUSED`, which says why. What
+is compiled, and the budget, are in `kernels_aot_cases.py`.
 
 The last columns are a bound, not a measurement: the share of an H200's bandwidth that the loop can use before it is the
 instructions that limit it (132 multiprocessors at 1.755 GHz with 128 lanes; 4.3 TB/s, what a copy reaches; entries are
@@ -30,14 +31,11 @@ from typing import Any
 # the interpreter replaces the kernels when this is set as they are imported
 os.environ["TRITON_INTERPRET"] = "0"
 
-import torch
 from common import RESULTS
+from kernels_aot_cases import Case, cases
 from roofline import BANDWIDTH, CLOCK, MULTIPROCESSORS
 
-ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# instructions an element of the decode loop, for equal steps of keys and values, head_dim 128 and up to 8 query rows
-BUDGET = {4: 2.0, 3: 2.9, 2: 1.7}
 # kernel and target -> why it may be as it is
 EXCUSED = {
     (
@@ -53,26 +51,6 @@ QUICK = (
     "encode_entries bf16, 4+4 bits, head_dim 128 sm_90",
 )
 TOLERANCE = 0.03
-AXES = ("row", "head", "token")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel in one configuration."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    # numbers decoded by a lane in one turn of the loop, and bytes that each of them is read from
-    elements: float = 0.0
-    bytes_each: float = 0.0
-    budget: float | None = None
-    tensor_cores: bool = True
-    architectures: tuple[int, ...] = ARCHITECTURES
 
 
 @dataclass
@@ -88,184 +66,6 @@ class Facts:
     @property
     def main_loop(self) -> collections.Counter:
         return max(self.loops, key=lambda loop: loop.total(), default=collections.Counter())
-
-
-def cases() -> Iterator[Case]:
-    """Every kernel, as the launchers make them: the common configurations for all targets, the others for sm_90."""
-    yield from code_cases()
-    yield from dense_cases()
-    yield from encoding_cases()
-    yield from retention_cases()
-    yield from eviction_cases()
-
-
-def code_cases() -> Iterator[Case]:
-    """Decode attention over codes."""
-    from hf_kvcache.codecs.codebooks import cubic
-    from hf_kvcache.kernels.triton_ops import code_attention
-    from hf_kvcache.kernels.triton_ops.codes import packed_book
-
-    types = dict(
-        Q="*fp32", BIAS="*fp32", KW="*u16", KT="*u8", KS="*fp16", VW="*u16", VT="*u8", VS="*fp16", WORK="*i32",
-        OUT="*fp32", LSE="*fp32", tokens="i32", splits="i32", per="i32", queries="i32", scale="fp32", cap="fp32",
-        key_a="fp32", value_a="fp32",
-    )  # fmt: skip
-    books = [(4, 4, False, False), (4, 4, True, False), (4, 4, True, True), (3, 3, False, False), (3, 3, True, True)]
-    books += [(2, 2, False, False), (2, 2, True, True), (4, 2, True, True)]
-    shapes = [(128, 8, book) for book in books]
-    shapes += [(64, 8, books[0]), (128, 16, books[0]), (128, 32, books[2]), (256, 8, books[2])]
-    for dim, columns, (key_bits, value_bits, key_cubic, value_cubic) in shapes:
-        key_book, value_book = (
-            packed_book(*code_attention.codebook(cubic(dim, bits))[1:]) if curved else 0
-            for bits, curved in ((key_bits, key_cubic), (value_bits, value_cubic))
-        )
-        made = code_attention.configuration(dim, columns, key_bits, key_book, value_bits, value_book)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        constants = made | dict(SHIFT=True, CAP=False, RAGGED=True)
-        standard = dim == 128 and columns == 8 and not key_cubic and not value_cubic
-        common = dim == 128 and columns == 8 and key_bits == value_bits and key_cubic == value_cubic
-        kind = {0: "equal steps", 1: "cubic keys", 2: "cubic"}[key_cubic + value_cubic]
-        bits = f"{key_bits}" if key_bits == value_bits else f"{key_bits}+{value_bits}"
-        yield Case(
-            f"code_attention {bits} bits, {kind}, head_dim {dim}, {columns} query rows",
-            code_attention.code_attention_kernel, types, constants, warps, stages,
-            elements=2 * made["N"] * dim / 32 / warps,
-            bytes_each=(key_bits + value_bits) / 16 + 2 / dim,
-            budget=BUDGET[key_bits] if standard and key_bits == value_bits else None,
-            architectures=ARCHITECTURES if common else (90,),
-        )  # fmt: skip
-
-
-def dense_cases() -> Iterator[Case]:
-    """Decode attention over dense keys and values, and what joins partial results."""
-    from hf_kvcache.kernels.triton_ops import decode_attention, merge_states
-
-    numbers = [f"{name}_{axis}" for name in "qkv" for axis in ("run", "head", "row")]
-    numbers += ["mask_run", "mask_head", "mask_row", "mask_token"]
-    for dtype, dim, columns, ragged in [
-        ("bf16", 128, 8, True), ("bf16", 64, 8, False), ("bf16", 128, 32, False),
-        ("bf16", 256, 8, False), ("fp32", 64, 8, False),
-    ]:  # fmt: skip
-        made = decode_attention.configuration(dim, dim, columns, 4 if dtype == "fp32" else 2)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        types = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", MASK="*u8", WORK="*i32", OUT="*fp32", LSE="*fp32")
-        types |= dict.fromkeys(("tokens", "heads", "splits", "per", "queries"), "i32")
-        types |= dict(scale="fp32", cap="fp32") | dict.fromkeys(numbers, "i32")
-        masking = not ragged and columns > 8
-        yield Case(
-            f"decode_attention {dtype}, head_dim {dim}, {columns} query rows{', ragged' * ragged}{', mask' * masking}",
-            decode_attention.dense_kernel, types,
-            made | dict(MASKING=masking, CAP=False, RAGGED=ragged, UPCAST=False), warps, stages,
-            elements=2 * made["N"] * dim / 32 / warps,
-            bytes_each=4 if dtype == "fp32" else 2,
-            tensor_cores=dtype != "fp32",
-            architectures=ARCHITECTURES if (dtype, dim, columns, ragged) == ("bf16", 128, 8, True) else (90,),
-        )  # fmt: skip
-    yield Case(
-        "merge_states bf16, head_dim 128", merge_states.merge_kernel,
-        dict(A="*bf16", LSE_A="*fp32", B="*bf16", LSE_B="*fp32", OUT="*bf16", LSE="*fp32", rows="i32"),
-        dict(DIM=128, WIDE=128, N=8, UPCAST=False), 4, 1, tensor_cores=False,
-    )  # fmt: skip
-    yield Case(
-        "merge_states of stretches, head_dim 128", merge_states.join_kernel,
-        dict(IN="*fp32", IN_LSE="*fp32", RANGES="*i32", OUT="*fp32", LSE="*fp32", splits="i32", queries="i32"),
-        dict(DIM=128, WIDTH=merge_states.WIDTH, PARTS=merge_states.PARTS, RAGGED=True), 1, 1, tensor_cores=False,
-    )  # fmt: skip
-
-
-def encoding_cases() -> Iterator[Case]:
-    """Encoding of keys and values."""
-    from hf_kvcache.kernels.triton_ops import encode_entries
-
-    for dtype, dim, bits in [
-        ("bf16", 128, (4, 4)), ("bf16", 128, (3, 3)), ("bf16", 128, (2, 2)), ("bf16", 64, (4, 4)),
-        ("bf16", 96, (4, 4)), ("bf16", 256, (4, 2)), ("fp32", 128, (4, 4)),
-    ]:  # fmt: skip
-        made = encode_entries.configuration(dim, *bits, 4 if dtype == "fp32" else 2)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        kernel = encode_entries.encode_kernel
-        types = dict(
-            K=f"*{dtype}", V=f"*{dtype}", INDEX="*i64", OWNERS="*i64", SHIFT="*fp32", TURN=f"*{dtype}", LOW=f"*{dtype}",
-            KW="*u16", KT="*u8", KS="*fp32", VW="*u16", VT="*u8", VS="*fp32",
-        )  # fmt: skip
-        whole = ("entries", "heads", "tokens", "last_owner", *(f"{x}_{axis}" for x in "kv" for axis in AXES))
-        types |= dict.fromkeys(whole, "i32")
-        constants = made | dict(KEY_COUNT=3, VALUE_COUNT=2, GATHER=True, OWNED=True, CENTER=True, UPCAST=False)
-        constants |= dict(EXACT=dim & (dim - 1) == 0)
-        types |= {name: "fp32" for name in kernel.arg_names if name not in types and name not in constants}
-        yield Case(
-            f"encode_entries {dtype}, {'+'.join(map(str, bits))} bits, head_dim {dim}", kernel, types, constants, warps,
-            stages, architectures=ARCHITECTURES if (dtype, dim, bits) == ("bf16", 128, (4, 4)) else (90,),
-        )  # fmt: skip
-
-
-def retention_cases() -> Iterator[Case]:
-    """Gated retention, chunk by chunk and token by token."""
-    from hf_kvcache.kernels.triton_ops import gated_retention
-
-    strides = [f"{name}_{axis}" for name in ("q", "k", "v", "decay") for axis in ("run", "head", "row")]
-    for dtype, dim, value_dim in [("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 256, 256), ("fp32", 64, 64)]:
-        held = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", DECAY="*fp32", START="*fp32", OUT=f"*{dtype}")
-        held |= dict(LAST="*fp32") | dict.fromkeys(strides, "i32") | dict.fromkeys(("heads", "length"), "i32")
-        made = gated_retention.configuration(dim, value_dim, DTYPES[dtype])
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        common = (dtype, dim, value_dim) == ("bf16", 128, 128)
-        for output in (True, False) if common else (True,):
-            yield Case(
-                f"gated_retention {dtype}, heads of {dim} and {value_dim}, {'outputs' if output else 'states'}",
-                gated_retention.chunk_kernel, held | dict(TOTAL="*fp32", per="i32", parts="i32"),
-                made | dict(OUTPUT=output, STATE=output, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
-                architectures=ARCHITECTURES if common and output else (90,),
-            )  # fmt: skip
-        if not common:
-            continue
-        made = gated_retention.step_configuration(dim, value_dim)
-        warps = made.pop("num_warps")
-        yield Case(
-            f"gated_retention {dtype}, heads of {dim} and {value_dim}, one token", gated_retention.step_kernel, held,
-            made | {"STATE": True}, warps, 1, tensor_cores=False, architectures=(90,),
-        )  # fmt: skip
-    yield Case(
-        "gated_retention, carried states", gated_retention.carry_kernel,
-        dict(FOUND="*fp32", TOTAL="*fp32", START="*fp32", LAST="*fp32", parts="i32", size="i32"),
-        dict(STATE=True, N=1024), 4, 1, tensor_cores=False, architectures=(90,),
-    )  # fmt: skip
-
-
-def eviction_cases() -> Iterator[Case]:
-    """Scores, norms and selection."""
-    from hf_kvcache.kernels.triton_ops import select, value_norm, window_scores
-
-    for dtype, dim in (("bf16", 128), ("fp32", 64)):
-        made = window_scores.configuration(dim)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        numbers = ["tokens", "heads", "queries", "window", "k_run", "k_head", "k_row"]
-        types = dict(Q=f"*{dtype}", K=f"*{dtype}", LSE="*fp32", scale="fp32", cap="fp32") | dict.fromkeys(
-            numbers, "i32"
-        )
-        for name, kernel, more in (
-            ("log-sum-exp", window_scores.lse_kernel, dict(per="i32")),
-            ("scores", window_scores.window_scores_kernel, dict(OUT="*fp32")),
-        ):
-            yield Case(
-                f"window_scores {dtype}, head_dim {dim}, {name}", kernel, types | more,
-                made | dict(CAP=False, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
-                architectures=ARCHITECTURES if (dtype, dim) == ("bf16", 128) else (90,),
-            )  # fmt: skip
-    for dtype, dim, gram in (("bf16", 128, True), ("bf16", 128, False), ("fp32", 64, False)):
-        made = value_norm.configuration(dim)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        numbers = ["tokens", "heads", "group", "width", "v_run", "v_head", "v_row"]
-        yield Case(
-            f"value_norm {dtype}, head_dim {dim}, {'L2' if gram else 'L1'}", value_norm.value_norm_kernel,
-            dict(V=f"*{dtype}", WEIGHT="*fp32", OUT="*fp32") | dict.fromkeys(numbers, "i32"),
-            made | dict(DIM=dim, GRAM=gram, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
-            architectures=ARCHITECTURES if (dtype, dim, gram) == ("bf16", 128, True) else (90,),
-        )  # fmt: skip
-    yield Case(
-        "select", select.select_kernel, dict(SCORE="*fp32", COUNTS="*i64", OUT="*u8", tokens="i32"),
-        dict(TILE=select.TILE), 8, 1, tensor_cores=False,
-    )  # fmt: skip
 
 
 def compiled(case: Case, architecture: int) -> Facts:

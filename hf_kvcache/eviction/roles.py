@@ -1,4 +1,4 @@
-"""The three roles of eviction, and the plain allocator and selector.
+"""The three roles of eviction, and the allocators and the selector of hosts that need no more.
 
 A *scorer* says how much a token matters to a KV head, an *allocator* how many tokens each head keeps, a *selector*
 which. The papers compose in this way: SnapKV is a score, AdaKV and HeadKV only change the counts, CriticalKV only

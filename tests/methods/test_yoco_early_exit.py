@@ -56,6 +56,16 @@ def test_hidden_states_are_of_all_positions(use_cache):
     close(found.logits, logits(model, ids, **asked))
 
 
+def test_bounds_of_packed_sequences_count_every_position():
+    # those of Flash Attention, which the implementations on a CPU are given and do not read
+    model, ids = patched(method="yoco"), random_ids(length=9)
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 9]), "cu_seq_lens_k": torch.tensor([0, 9])}
+    seen = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    logits(model, ids, logits_to_keep=1, use_cache=False, **bounds)
+    assert seen == [9]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("by", ["call", "configuration", "both"])
 def test_routers_are_asked_at_all_positions(family, by):
