@@ -125,12 +125,13 @@ def measure(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
                 {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in rows[-1].items()},
                 flush=True,
             )
-    write_results("sequential_restore", rows)
+    write_results("sequential_restore" + ("" if options.model == "smollm2" else f"_{options.model}"), rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("prepare", "measure"))
+    parser.add_argument("--model", default="smollm2", choices=sorted(REAL_MODELS))
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--basis", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 7680])
@@ -140,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     options.folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = REAL_MODELS["smollm2"].load()
+    model, tokenizer = REAL_MODELS[options.model].load()
     basis = Basis.load(options.basis)
     if options.part == "prepare":
         prepare(model, tokenizer, basis, options.lengths, options.folder, options.quality)
