@@ -187,7 +187,8 @@ def assert_same(one, other):
     """Logits agree until the tokens that they say part, which they may only where two are as likely."""
     alike = torch.ones(len(one), dtype=torch.bool)
     for mine, theirs in zip(one.unbind(1), other.unbind(1), strict=True):
-        torch.testing.assert_close(mine[alike], theirs[alike], rtol=1e-3, atol=1e-3)
+        # transformers gives the scores of a generation in float32 whatever the model is in
+        torch.testing.assert_close(mine[alike], theirs[alike], rtol=1e-3, atol=1e-3, check_dtype=False)
         alike &= mine.argmax(-1) == theirs.argmax(-1)
 
 
@@ -288,14 +289,16 @@ def call_rows(case):
     cache = compress(case.model, case.ids)
     ids = random_ids(batch=len(case.ids), length=2, seed=6)
     ahead(case.model, ids, cache, 3)
-    expected = ahead(case.model, ids, copy.deepcopy(cache))
+    # a block that copies of a row encode has not the base of their common prompt
+    steps = 1 if any(codec.lossy and codec.block for codec in case.spec.codecs) else STEPS
+    expected = ahead(case.model, ids, copy.deepcopy(cache), steps)
     cache.batch_repeat_interleave(2)
     order = [case.rng.randrange(2 * len(ids)) for _ in range(4)]
     cache.reorder_cache(torch.tensor(order + list(range(4, 2 * len(ids)))))
     kept = [row // 2 for row in order]
     cache.batch_select_indices(torch.arange(4) if len(ids) > 1 else torch.arange(2))
     kept = kept if len(ids) > 1 else kept[:2]
-    assert_same(ahead(case.model, ids[kept], cache), expected[kept])
+    assert_same(ahead(case.model, ids[kept], cache, steps), expected[kept])
 
 
 def call_copies(case):
