@@ -128,7 +128,8 @@ class Case:
             if codec != "fp8":
                 options["bits"] = rng.choice([2, 3, 4, 8] if codec == "turboquant" else [2, 3, 4])
             if codec == "turboquant" and rng.random() < 0.3:
-                options |= {"mode": "paper", "variant": rng.choice(["mse", "prod"])}
+                # the published form has no 8 bits
+                options |= {"mode": "paper", "variant": rng.choice(["mse", "prod"]), "bits": min(options["bits"], 4)}
             found.append(METHODS[codec](**options))
         if rng.random() < 0.2:
             found.append(METHODS["offload"]())
