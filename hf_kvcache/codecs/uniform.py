@@ -112,7 +112,7 @@ class UniformCodec(ChunkedCodec):
         size = min(self.group_size, dim)
         if dim % size:
             raise ValueError(f"group_size must divide the head_dim {dim} or exceed it, got {self.group_size}")
-        codes, step, zero = _grid(x.to(torch.float32).view(len(x), -1, size), bits, dim=2)
+        codes, step, zero = _grid(x.to(torch.float32).view(len(x), dim // size, size), bits, dim=2)
         return codes.view(x.shape), step.squeeze(2), zero.squeeze(2)
 
     def _groups(self, owners: Tensor | None, key: Tensor) -> Tensor:
@@ -170,5 +170,5 @@ def _by_channel(x: Tensor, bits: int, group: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _of_grid(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
     """The numbers of codes `[N, D]` in groups along the channels."""
-    grouped = codes.view(*step.shape, -1)
+    grouped = codes.unflatten(1, (step.shape[1], codes.shape[1] // step.shape[1]))
     return (grouped * step.float()[..., None] + zero.float()[..., None]).view(codes.shape)

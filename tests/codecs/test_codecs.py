@@ -243,3 +243,14 @@ def test_groups_must_divide_the_channels():
 
 def test_every_codec_can_be_found_by_name():
     assert {type(codec) for codec in ALL} == set(CODECS.values())
+
+
+@every_codec
+def test_a_layer_may_keep_nothing(codec):
+    key, value, owners = entries(tokens=8)
+    nothing = codec.encode(key[:0], value[:0], owners[:0])
+    some = codec.encode(key, value, owners, nothing)
+    whole = codec.join([nothing, some])
+    chosen = codec.select(whole, torch.arange(0))
+    sizes = [{len(part[name]) for name in part if name.endswith(("codes", "key"))} for part in (nothing, whole, chosen)]
+    assert sizes == [{0}, {len(key)}, {0}]
