@@ -132,6 +132,7 @@ from accelerate.utils import gather_object
 
 texts = [ScoredText(tuple(random_ids(1, 40, seed)[0].tolist()), 30, 31) for seed in range(6)]
 model = patch_model(tiny_model("llama"), "knorm", budget=0.5)
+assert PartialState(cpu=True).num_processes == 2
 with PartialState(cpu=True).split_between_processes(texts) as mine:
     found = gather_object(score_texts(model, mine))
 if PartialState().is_main_process:
@@ -144,6 +145,7 @@ if PartialState().is_main_process:
 def test_processes_of_accelerate_score_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(DATA_PARALLEL)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    # without MPI accelerate starts several processes for GPUs only; the script puts them on the CPU
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     command = [sys.executable, *launch, "--mixed_precision", "no", "--dynamo_backend", "no", script]
     assert "done" in launched(command)

@@ -13,6 +13,7 @@ from hf_kvcache.sequential.page import Coded, Context, Page
 
 # numpy knows no bfloat16; planes are bytes, so integers of that width do
 INTEGERS: dict[int, tuple[torch.dtype, np.dtype]] = {
+    8: (torch.int64, np.dtype("<i8")),
     4: (torch.int32, np.dtype("<i4")),
     2: (torch.int16, np.dtype("<i2")),
 }
