@@ -100,12 +100,12 @@ dist.destroy_process_group()
 
 
 def launched(command: list, **environment: str) -> str:
-    """Runs a command in the root with the package of this checkout."""
+    """What a command prints, run in the root with the package of this checkout."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     kept = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     done = subprocess.run(list(map(str, command)), env=kept, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 @pytest.mark.slow

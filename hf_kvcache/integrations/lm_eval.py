@@ -86,6 +86,10 @@ class KVCacheLM(HFLM):
         super().__init__(pretrained, **options)
         if self.backend != "causal":
             raise NotImplementedError(f"hf-kvcache is for decoder-only models, this one is {self.backend}")
+        launched = getattr(self, "accelerator", None)
+        if launched is not None and self.world_size == 1:
+            # HFLM shares the documents among GPUs only, and would have every process on a CPU answer all of them
+            self._rank, self._world_size = launched.process_index, launched.num_processes
         if method is not None or chosen or not is_patched(self.model):
             patch_model(self.model, method, tokenizer=self.tokenizer, **chosen)
         self.question_tokens = question_tokens
