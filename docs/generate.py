@@ -10,22 +10,27 @@ import inspect
 import re
 import shutil
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 from hf_kvcache import METHODS
+from hf_kvcache.described import options_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "examples" / "benchmarks" / "results"
 # of a method: what it does to the bytes, by the slot that it fills
 BYTES = {
-    "scorer": "A share `budget` of the tokens is kept in every layer, 4 bytes an entry say which.",
+    "scorer": "A share `budget` of the tokens is kept, {spread}; 4 bytes an entry say which.",
     "allocator": "The sum is that of `budget`; heads differ, and nothing is padded.",
     "selector": "The counts are its host's; it changes which tokens, not how many.",
     "sharing": "Of L layers C hold nothing: 1 - C / L of the bytes.",
     "codec": "Codes of the bits asked, a scale an entry and what the codec keeps a head.",
     "store": "The same bytes, in another place.",
     "prefix": "The cache that attention reads stays as large as it is; stored prompts are in another place.",
+}
+# of those whose options say nothing of a budget or of bits
+OWN = {
+    "auto": "Those of `target_ratio`, counted in 16 bits: a share of the tokens and one width for all layers.",
+    "planned": "Those that the plan was solved for: shares, widths and readers of every layer are in its file.",
 }
 
 
@@ -52,7 +57,7 @@ def page(name: str) -> str:
             "",
             "## Bytes",
             "",
-            " ".join(text for slot, text in BYTES.items() if slot in method.slot),
+            bytes_of(name),
             "",
             "## Measured",
             "",
@@ -64,6 +69,19 @@ def page(name: str) -> str:
             "",
         ]
     )
+
+
+def bytes_of(name: str) -> str:
+    """What a method does to the bytes."""
+    if name in OWN:
+        return OWN[name]
+    method = METHODS[name]
+    spread = (
+        "over all layers and heads together"
+        if method.slot == "scorer" and method().host.name == "global"
+        else "in every layer"
+    )
+    return " ".join(text for slot, text in BYTES.items() if slot in method.slot).format(spread=spread)
 
 
 def plain(text: str) -> str:
@@ -80,16 +98,10 @@ def plain(text: str) -> str:
 
 def options(method: type) -> str:
     """A row an option: its default, and what the docstrings of the class and its bases say of it."""
-    described: dict[str, str] = {}
-    for cls in reversed(method.__mro__):
-        found = re.search(r"Args:\n(.*?)(\n\s*\n|\Z)", inspect.getdoc(cls) or "", re.DOTALL)
-        for names, text in re.findall(r"^    ([\w, ]+): (.*?)(?=^    \w|\Z)", found[1] if found else "", re.M | re.S):
-            described |= dict.fromkeys(names.replace(" ", "").split(","), " ".join(text.split()))
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in fields(method):  # type: ignore[arg-type]
-        default = "" if field.default is MISSING else f"`{field.default!r}`"
-        meaning = described.get(field.name, "").replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{field.name}` | {default} | {meaning} |")
+    for option in options_of(method):
+        meaning = option.meaning.replace("|", "\\|").replace("<", "&lt;")
+        lines.append(f"| `{option.name}` | {f'`{option.default}`' if option.default else ''} | {meaning} |")
     return "\n".join(lines) if len(lines) > 2 else "None."
 
 

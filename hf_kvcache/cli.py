@@ -41,16 +41,28 @@ def to_write(path: Path) -> Path:
 
 
 @app.command()
-def methods() -> None:
-    """List the methods: what each fills, its options and its paper."""
+def methods(name: Annotated[str, typer.Argument(help="One of them, to see its options.")] = "") -> None:
+    """List the methods and what each does, or the options of one."""
+    from hf_kvcache.described import options_of, summary_of
     from hf_kvcache.methods import METHODS
-    from hf_kvcache.resolve import option_names
+    from hf_kvcache.resolve import resolve
 
-    table = Table("method", "slot", "options", "paper", "what it does")
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
-    for name, method in sorted(METHODS.items()):
-        summary = (method.__doc__ or "").splitlines()[0]
-        table.add_row(name, method.slot, ", ".join(option_names(method)) or "-", method.paper, summary)
+    table = Table(box=None, pad_edge=False)
+    if not name:
+        for column in ("method", "slot", "what it does"):
+            table.add_column(column, no_wrap=column == "method")
+        for known, method in sorted(METHODS.items()):
+            table.add_row(known, method.slot, summary_of(method))
+        console.print(table)
+        console.print("\nhf-kvcache methods NAME lists the options of one.")
+        return
+    if name not in METHODS:
+        resolve(name, {})
+    for column in ("option", "default", "meaning"):
+        table.add_column(column, no_wrap=column == "option")
+    for option in options_of(METHODS[name]):
+        table.add_row(option.name, option.default or "-", option.meaning)
+    console.print(f"{name}: {summary_of(METHODS[name])}\nslot {METHODS[name].slot}, paper {METHODS[name].paper}\n")
     console.print(table)
 
 

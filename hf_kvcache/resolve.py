@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -75,8 +76,19 @@ def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
             raise TypeError(f"a method is a name or a Method instance, got {type(item).__name__}: {item!r}")
     for name in parts:
         if isinstance(name, str) and name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; available: {', '.join(sorted(METHODS))}")
+            raise ValueError(f"unknown method {name!r}{_meant(name)}; available: {', '.join(sorted(METHODS))}")
     return parts
+
+
+def _meant(name: str) -> str:
+    """What a misspelt name may have been, as the end of a sentence."""
+    if "," in name:
+        return " (several are joined by '+')"
+    # as they are spelt in papers: SnapKV, expected-attention
+    plain = re.sub(r"[-_ ]", "", name).lower()
+    spelt = {re.sub("_", "", known): known for known in METHODS}
+    found = difflib.get_close_matches(plain, spelt, n=1)
+    return f" (did you mean {spelt[found[0]]!r}?)" if found else ""
 
 
 def _unknown_option(name: str, parts: list[str | Method], classes: set[type[Method]]) -> str:
@@ -86,4 +98,6 @@ def _unknown_option(name: str, parts: list[str | Method], classes: set[type[Meth
         where = "set it on the instance instead" if not classes and parts else "name that method, or drop the option"
         return f"option {name!r} belongs to {', '.join(owners)}, but the method is {named}; {where}"
     valid = sorted({option for cls in classes for option in option_names(cls)}) or ["none"]
-    return f"unknown option {name!r}; valid options here: {', '.join(valid)}"
+    found = difflib.get_close_matches(name, ["method", "tokenizer", *valid], n=1)
+    meant = f" (did you mean {found[0]!r}?)" if found else ""
+    return f"unknown option {name!r}{meant}; valid options here: {', '.join(valid)}"

@@ -309,6 +309,12 @@ class BeforeDecoder:
                     f"the cache holds {cache.batch_size} rows and the input has {len(given)}; give as many, or repeat "
                     "those of the cache with cache.batch_repeat_interleave(n)"
                 )
+            if given is not None and not given.shape[1]:
+                raise ValueError(
+                    f"expected tokens that go on after the {cache.get_seq_length()} that the cache has read, got none; "
+                    "generate takes the whole text, with what was read at its beginning: "
+                    "torch.cat([context_ids, question_ids], dim=1)"
+                )
         if decoder.config._attn_implementation != self.name:
             raise RuntimeError(
                 f"the attention of this patched model was changed to {decoder.config._attn_implementation!r}; "

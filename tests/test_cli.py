@@ -36,6 +36,16 @@ def tiny(tmp_path_factory):
     return folder
 
 
+def test_the_options_of_a_method_are_described(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "methods", "kvzip")
+    assert code == 0 and "arXiv 2505.23416" in out
+    described = {line.split()[0]: line for line in out.splitlines() if line}
+    assert "2048" in described["chunk"] and "repeated in one forward" in described["chunk"]
+    assert "tokens kept a KV head" in described["budget"]
+    code, _, err = run(monkeypatch, capsys, "methods", "kvzp")
+    assert code == 2 and "did you mean 'kvzip'" in err
+
+
 def test_methods_lists_every_method(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "methods")
     assert code == 0

@@ -28,6 +28,7 @@ LAYERS = {
     "kernels": {"kernels"},
     "autocast": set(),
     "clock": set(),
+    "described": set(),
     "devices": set(),
     "fingerprint": set(),
     "progress": set(),

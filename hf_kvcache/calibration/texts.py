@@ -75,8 +75,8 @@ def find_tokenizer(model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise ValueError(
-            f"calibration needs a tokenizer and none could be loaded from {path!r} ({type(error).__name__}); "
-            "pass tokenizer=..., or calibration= token ids of shape [N, T], or a saved plan"
+            f"text needs a tokenizer and none could be loaded from {path!r} ({type(error).__name__}); pass "
+            "tokenizer=AutoTokenizer.from_pretrained(...), or token ids [N, T] or a saved plan where those are taken"
         ) from error
 
 
@@ -88,6 +88,6 @@ def _read(calibration: Sequence[str] | str | Path | None) -> Sequence[str]:
     path = Path(calibration)
     if not path.is_file():
         raise FileNotFoundError(
-            f"calibration must be a list of texts or the path of a text file, and there is no file {str(calibration)!r}"
+            f"expected a list of texts or the path of a text file, and there is no file {str(calibration)!r}"
         )
     return [path.read_text(encoding="utf-8")]

@@ -41,6 +41,14 @@ class OwnLayer(CacheLayerMixin):
     def expect(self, prompt_length: int, copies: int) -> None:
         """Announces the prompt: its length in tokens, and how many rows of the batch are copies of each prompt."""
 
+    @property
+    def shape(self) -> None:
+        """Asked for by attention that is not ours, which takes what `update` gives for keys."""
+        raise ValueError(
+            "this cache is for patched models, and was given to one that is not; call patch_model first, with the "
+            "method that the cache was made for"
+        )
+
     def get_seq_length(self) -> int:
         return self.seen
 

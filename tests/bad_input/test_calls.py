@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_kvcache import KVSharer, SharingPlan, new_cache, patch_model, report, unpatch_model
+from hf_kvcache import KVSharer, SharingPlan, compress, new_cache, patch_model, report, unpatch_model
 from hf_kvcache.cache import KVCache
 from hf_kvcache.codecs import DenseCodec
 from hf_kvcache.spec import CacheSpec
@@ -55,6 +55,13 @@ def test_the_cache_of_another_model(model):
     cache = other(random_ids(length=8)).past_key_values
     with refused(ValueError, "another model", "new_cache(model)", model=model):
         model(random_ids(length=2), past_key_values=cache)
+
+
+def test_a_question_without_the_context_that_was_read(model):
+    patch_model(model, "knorm", budget=0.5)
+    cache = compress(model, random_ids(length=20))
+    with refused(ValueError, "go on after the 20 that the cache has read", "torch.cat", model=model):
+        greedy(model, random_ids(length=4), past_key_values=cache)
 
 
 def test_an_unpatched_model_refuses_our_cache_or_agrees(model):

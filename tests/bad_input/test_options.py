@@ -17,6 +17,20 @@ def test_unknown_method(model):
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("snapvk", "did you mean 'snapkv'"),
+        ("SnapKV", "did you mean 'snapkv'"),
+        ("expected-attention", "did you mean 'expected_attention'"),
+        ("snapkv,turboquant", "several are joined by '+'"),
+    ],
+)
+def test_what_a_misspelt_method_may_have_been(model, given, meant):
+    with refused(ValueError, meant, "available", model=model):
+        patch_model(model, given)
+
+
+@pytest.mark.parametrize(
     "method", [3, [KVSharer], [None], {"kvsharer": 1}.items()], ids=["int", "class", "none", "pair"]
 )
 def test_a_method_of_the_wrong_type(model, method):
@@ -31,6 +45,10 @@ def test_unknown_option(model):
         patch_model(model, "offload", shar=0.5)
     with refused(ValueError, "unknown option 'bit'", model=model):
         patch_model(model, None, bit=4)
+    with refused(ValueError, "unknown option 'methods' (did you mean 'method'?)", model=model):
+        patch_model(model, methods="snapkv")
+    with refused(ValueError, "unknown option 'buget' (did you mean 'budget'?)", model=model):
+        patch_model(model, "snapkv", buget=5)
 
 
 def test_option_of_a_method_that_is_not_named(model):
