@@ -88,8 +88,15 @@ class CacheReport:
                 f"{layer.layer:5d}  {layer.source:5d}  {layer.seen:5d}  {kept:>9}  {layer.bytes:12,d}  "
                 f"{layer.full_bytes:12,d}"
             )
-        lines.append(f"{self.bytes:,d} bytes held, {self.full_bytes:,d} in a full cache: ratio {self.ratio:.2f}")
+        half = f", {self.ratio / 2:.2f} against 16 bits a number" if self._widths == {4} else ""
+        lines.append(f"{self.bytes:,d} bytes held, {self.full_bytes:,d} in a full cache: ratio {self.ratio:.2f}{half}")
         return "\n".join(lines)
+
+    @property
+    def _widths(self) -> set[int]:
+        """Bytes of a number of the model."""
+        entries = (getattr(layer, "entry", None) for layer in self.cache.producers.values())
+        return {entry[2] for entry in entries if entry is not None}
 
 
 def report(cache: KVCache) -> CacheReport:
