@@ -3,6 +3,8 @@
 python examples/compose.py
 """
 
+from pathlib import Path
+
 from hf_kvcache import KVSharer, Offload, SharingPlan, patch_model, report, smollm2
 
 model, tokenizer = smollm2.load()
@@ -18,9 +20,10 @@ print(tokenizer.decode(out[0]))
 
 # every axis at once: which layers store, which tokens are kept, how an entry is stored, where
 patch_model(model, "kvsharer+adakv+criticalkv+turboquant+offload", plan=plan, budget=0.5, bits=4)
-inputs = tokenizer("One two three four five six seven. " * 40, return_tensors="pt")
-out = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-print(tokenizer.decode(out.sequences[0, -12:]), f"- {report(out.past_key_values).ratio:.1f} times smaller")
+play = (Path(__file__).parents[1] / "tests" / "data" / "play.txt").read_text(encoding="utf-8")[:4000]
+inputs = tokenizer(play, return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+print(repr(tokenizer.decode(out.sequences[0, -20:])), f"- {report(out.past_key_values).ratio:.1f} times smaller")
 
 # two methods for one slot contradict each other, and the error names both
 try:
