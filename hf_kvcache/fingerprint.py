@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 
 import torch
 
@@ -22,6 +23,19 @@ FIELDS = (
     "layer_types",
 )
 SAMPLED_ROWS = 64
+# the parts of a configuration that change no key and no value while generating; names with an underscore are private
+ASIDE = {
+    "architectures",
+    "dtype",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "problem_type",
+    "return_dict",
+    "transformers_version",
+    "use_cache",
+}
+ASIDE_FORMS = re.compile(r"_.*|output_.*|.*_token_id")
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -41,6 +55,18 @@ def fingerprint(model: torch.nn.Module) -> str:
     rows = torch.linspace(0, weight.shape[0] - 1, SAMPLED_ROWS).long()
     sample = weight.detach()[rows.to(weight.device)].to("cpu", torch.bfloat16).contiguous()
     return f"{_digest(text.encode())}-{_digest(sample.view(torch.int16).numpy().tobytes())}"
+
+
+def model_digest(decoder: torch.nn.Module) -> str:
+    """Hashes what turns tokens into keys and values, settings and weights: 64 hexadecimal digits.
+
+    The whole configuration but what cannot matter, since a family may have settings that nobody here has heard of:
+    two models of the same weights differ in how many experts they ask or how they scale a residual.
+    """
+    config = decoder.config.to_dict()
+    chosen = {name: config[name] for name in config.keys() - ASIDE if not ASIDE_FORMS.fullmatch(name)}
+    settings = json.dumps(chosen, sort_keys=True, default=str)
+    return hashlib.sha256(f"{settings} {weights_digest(decoder)}".encode()).hexdigest()
 
 
 def weights_digest(module: torch.nn.Module) -> str:

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from hf_kvcache.fingerprint import weights_digest
+from hf_kvcache.fingerprint import model_digest, weights_digest
+from hf_kvcache.testing import tiny_model
 
 
 def test_a_tensor_larger_than_whole_numbers_in_float32_is_sampled():
@@ -32,3 +33,17 @@ def test_the_digest_knows_names_shapes_dtypes_and_numbers():
     ]
     assert len(set(found)) == len(found)
     assert digest("a", torch.zeros(4)) == found[0]
+
+
+def test_settings_that_cannot_matter_are_left_out(tmp_path):
+    model = tiny_model("gemma3_text")
+    before = model_digest(model.model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert model_digest(loaded.model) == before
+    aside = {"use_cache": False, "pad_token_id": 3, "output_hidden_states": True, "_name_or_path": "x"}
+    for name, value in aside.items():
+        setattr(model.config, name, value)
+    assert model_digest(model.model) == before
+    model.config.query_pre_attn_scalar = 7
+    assert model_digest(model.model) != before

@@ -48,7 +48,7 @@ class ModelFacts:
     """What a session asks of the model before a forward.
 
     Args:
-        weights: digest of all weights in force.
+        weights: digest of all weights and settings in force.
         geometry: of one token's keys and values.
         devices: of the producers.
         rotate: applies and undoes RoPE.

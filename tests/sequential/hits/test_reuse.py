@@ -9,7 +9,7 @@ import torch
 from hf_kvcache import Sequential, compress, patch_model
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.testing import greedy, tiny_model
-from tests.sequential.hits.compositions import PAGE, adopted, cold, prompts, stored
+from tests.sequential.hits.compositions import PAGE, adopted, cold, original, prompts, stored
 
 
 def test_pages_are_never_another_models(store):
@@ -26,6 +26,53 @@ def test_pages_are_never_another_models(store):
     # another plan computes other keys behind the first layer that it changes
     assert adopted(stored("llama", store, "sharer"), store, ids) == 0
     assert adopted(stored("llama", store, codec="tokens"), store, ids) == 0
+
+
+@pytest.mark.parametrize(
+    "family, setting",
+    [
+        ("llama", {"rms_norm_eps": 1e-2}),
+        ("gemma2", {"attn_logit_softcapping": 0.5}),
+        ("qwen3_moe", {"num_experts_per_tok": 1}),
+    ],
+)
+def test_pages_are_never_of_other_settings(family, setting, store):
+    ids = prompts()[0]
+    adopted(stored(family, store), store, ids)
+    model = patch_model(tiny_model(family, **setting), Sequential(store=store))
+    assert model.model.get_input_embeddings().weight.equal(original(family).get_input_embeddings().weight)
+    assert adopted(model, store, ids) == 0
+    assert adopted(model, store, ids) == 44
+
+
+@pytest.mark.parametrize("place", ["layers.1", "layers.2.self_attn.k_proj", "embed_tokens", "", "everywhere"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_of_others_are_not_trusted(place, kind, store):
+    """What steers a layer is neither in the weights nor in the settings."""
+    ids, model = prompts()[0], stored("llama", store)
+    adopted(model, store, ids)
+    if place == "everywhere":
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    else:
+        register = getattr(model.model.get_submodule(place), f"register_{kind}_hook")
+    handle = register(lambda *_: None)
+    try:
+        written = store.counts.written_pages
+        other = torch.cat([ids[:, :20], ids[:, :20]], dim=1)
+        assert adopted(model, store, ids) == adopted(model, store, other) == 0
+        assert store.counts.written_pages == written
+    finally:
+        handle.remove()
+    assert adopted(model, store, ids) == 44
+
+
+def test_hooks_that_only_record_are_no_reason(store):
+    ids, model = prompts()[0], stored("llama", store)
+    model.enable_input_require_grads()
+    adopted(model, store, ids)
+    assert adopted(model, store, ids, output_hidden_states=True, return_dict_in_generate=True) == 44
+    assert model.model.layers[0]._forward_hooks
+    assert adopted(model, store, ids) == 44
 
 
 @pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.q_proj.weight"])
