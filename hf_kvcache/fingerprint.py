@@ -93,9 +93,10 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def _adapters(module: torch.nn.Module) -> str:
-    """Which adapters of PEFT are in force, everywhere in a model."""
+    """Which adapters of PEFT are in force, everywhere in a model; not those that rows of a batch choose by name."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    layers = (part for part in module.modules() if hasattr(part, "disable_adapters"))
+    # of a layer it is a property, while transformers gives every model a method of this name
+    layers = (part for part in module.modules() if isinstance(getattr(part, "disable_adapters", None), bool))
     return repr([[getattr(layer, name, None) for name in names] for layer in layers])
 
 

@@ -1,5 +1,6 @@
 """What is hashed of a model's weights."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -33,6 +34,20 @@ def test_the_digest_knows_names_shapes_dtypes_and_numbers():
     ]
     assert len(set(found)) == len(found)
     assert digest("a", torch.zeros(4)) == found[0]
+
+
+def test_adapters_are_told_apart_and_models_are_not_printed(monkeypatch):
+    model = tiny_model("llama").model
+    monkeypatch.setattr(torch.nn.Module, "__repr__", lambda self: pytest.fail("a model was printed"))
+    layer = model.layers[1].self_attn.q_proj
+    found = [weights_digest(model)]
+    layer.disable_adapters = False
+    for scaling in (1.0, 2.0):
+        layer.active_adapters, layer.scaling = ["one"], {"one": scaling}
+        found.append(weights_digest(model))
+    layer.active_adapters = ["two"]
+    found.append(weights_digest(model))
+    assert len(set(found)) == 4
 
 
 def test_settings_that_cannot_matter_are_left_out(tmp_path):

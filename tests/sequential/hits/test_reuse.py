@@ -101,6 +101,21 @@ def test_adapters_have_pages_of_their_own(store):
     assert adopted(model, store, ids) == 44
 
 
+def test_adapters_that_rows_choose_have_no_pages(store):
+    """PEFT tells the layers which adapter a row wants by hooks; nothing else of the model changes."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config, adapter_name="one").eval()
+    model.add_adapter("two", config)
+    patch_model(model, Sequential(store=store))
+    ids = prompts()[0]
+    adopted(model, store, ids)
+    for name in ("one", "two", "__base__"):
+        assert adopted(model, store, ids, adapter_names=[name]) == 0
+    assert adopted(model, store, ids) == 44
+    assert store.counts.written_pages == 6
+
+
 def test_what_cannot_be_reused_soundly_is_computed(store):
     ids, model = prompts()[0], stored("llama", store)
     adopted(model, store, ids)
