@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_kvcache import Sequential, compress, patch_model
+from hf_kvcache.fingerprint import SAMPLED_ROWS
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.testing import greedy, tiny_model
 from tests.sequential.hits.compositions import PAGE, adopted, cold, original, prompts, stored
@@ -85,6 +86,22 @@ def test_training_forgets_the_pages(place, way, store):
     assert adopted(model, store, ids) == 44
     with torch.no_grad():
         way(model.get_parameter(place))
+    assert adopted(model, store, ids) == 0
+    assert adopted(model, store, ids) == 44
+
+
+def test_a_step_on_one_row_of_the_embedding_forgets_the_pages(store):
+    ids, model = prompts()[0], stored("llama", store)
+    weight = model.get_input_embeddings().weight
+    # whose row a sample of as many numbers as of other tensors misses
+    sampled = torch.arange(SAMPLED_ROWS) * (weight.numel() - 1) // (SAMPLED_ROWS - 1) // weight.shape[1]
+    token = next(token for token in ids[0].tolist() if token not in sampled.tolist())
+    adopted(model, store, ids)
+    assert adopted(model, store, ids) == 44
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[token] = 1.0
+    optimizer.step()
     assert adopted(model, store, ids) == 0
     assert adopted(model, store, ids) == 44
 
