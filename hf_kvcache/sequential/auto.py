@@ -46,6 +46,10 @@ class Auto:
                 raise ValueError(f"{name} must be a positive number a second, or None to measure it, got {value!r}")
 
     @property
+    def repeatable(self) -> int:
+        return min(codec.repeatable for codec in self.kept)
+
+    @property
     def identity(self) -> str:
         return " or ".join([self.name, *(codec.identity for codec in self.kept)])
 

@@ -11,6 +11,10 @@ composed, and one store serves all compositions of one sharing plan.
 
 Rows of a batch are looked up one by one. They share their columns, so a batch adopts up to the column that every row
 can: rows that miss make it a cold run. Padding stands for nothing and is neither looked up nor stored.
+
+Where two prompts part in the middle of a page, the second one's page is written with what it adopted of the first's.
+A codec that loses would lose again with every such fork, so of a page that it does not keep as it is nothing is adopted
+but the whole.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ from torch import Tensor
 
 from hf_kvcache.clock import now
 from hf_kvcache.sequential.identity import Identity
+from hf_kvcache.sequential.lookup import Match
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
 from hf_kvcache.sequential.pieces import Pieces
-from hf_kvcache.sequential.store import Match, PrefixStore
+from hf_kvcache.sequential.store import PrefixStore
 
 # a tail is worth a file of its own from this part of a page on
 SHORTEST_TAIL = 16
@@ -225,7 +230,7 @@ class PromptSession:
         for row in self.rows:
             name = row.ids.tobytes()
             if name not in found:
-                found[name] = self.store.match(self.identity, row.ids)
+                found[name] = self.store.match(self.identity, row.ids, forked=self.codec.repeatable)
             row.matches = found[name]
         # what was let go of once does not come back, also where a store has lost pages since
         self._kept_from = max(self._kept_from, min(row.padding + self._whole(row) for row in self.rows))

@@ -17,28 +17,13 @@ import numpy as np
 
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
-from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
+from hf_kvcache.sequential.identity import Identity, page_key
+from hf_kvcache.sequential.lookup import Match, extend
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.writer import Writer
 
 PAGE_SIZE = 256
-
-
-@dataclass(frozen=True)
-class Match:
-    """A page that a prompt begins with.
-
-    Args:
-        key, parent: of the page.
-        start: the position of its first token.
-        length: how many of its tokens the prompt shares; fewer than it has at a fork.
-    """
-
-    key: str
-    parent: str
-    start: int
-    length: int
 
 
 @dataclass
@@ -116,20 +101,18 @@ class PrefixStore:
         """
         return f"{self.namespace}\0{hashlib.sha256(self.secret).hexdigest()}" if self.secret else self.namespace
 
-    def match(self, identity: Identity, ids: Sequence[int] | np.ndarray) -> list[Match]:
-        """The longest chain of pages that `ids` begins with; the last one may be shared in part."""
-        ids = np.asarray(ids, dtype=np.uint32)
-        parent, start, found = identity.root, 0, []
+    def match(self, identity: Identity, ids: Sequence[int] | np.ndarray, *, forked: int | None = None) -> list[Match]:
+        """The longest chain of pages that `ids` begins with; the last one may be shared in part.
+
+        Args:
+            identity: of the run.
+            ids: the prompt.
+            forked: tokens of the longest page of which a part counts; None for any.
+        """
+        found: list[Match] = []
+        forked = self.page_size if forked is None else forked
         with self._surviving("looked up"):
-            while len(ids) - start >= self.page_size:
-                key = page_key(parent, ids[start : start + self.page_size])
-                if not self.backend.contains(key, parent):
-                    break
-                found.append(Match(key, parent, start, self.page_size))
-                parent, start = key, start + self.page_size
-            fork = self._fork(parent, start, ids[start : start + self.page_size])
-            if fork is not None:
-                found.append(fork)
+            extend(found, self.backend, identity.root, np.asarray(ids, dtype=np.uint32), self.page_size, forked)
         return found
 
     def load(self, match: Match, codecs: dict[str, PageCodec], context: Context) -> Page | None:
@@ -307,17 +290,6 @@ class PrefixStore:
 
     def __deepcopy__(self, memo) -> PrefixStore:
         return self
-
-    def _fork(self, parent: str, start: int, rest: np.ndarray) -> Match | None:
-        """The page behind `parent` that shares most tokens with `rest`, in part; None when none shares any."""
-        found = self.backend.nearest(parent, rest) if len(rest) else []
-        shared = [(common_prefix(ids, rest), ids) for ids in found]
-        for length, ids in sorted(shared, key=lambda pair: pair[0], reverse=True):
-            # an index is not signed and may be behind: believed is what there is a page for, by the hash of its ids
-            key = page_key(parent, ids)
-            if length and self.backend.contains(key, parent):
-                return Match(key, parent, start, length)
-        return None
 
     def _make_room(self, size: int, keep: str) -> bool:
         """Brings the store to its limit, with room for `size` bytes; False when that cannot be."""
