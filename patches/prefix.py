@@ -41,7 +41,10 @@ def adopt_prefix(decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], ada
         # what a hook does, and weights that are elsewhere, cannot be told from others
         session.stop()
         return
-    facts = model_facts(decoder, cache, adapter, model_digest(decoder))
+    facts = session.facts
+    if facts is None or session.ends_with(ids.shape[1]):
+        # it reads weights, so not for every chunk; again at the end, after which pages are written as the first one's
+        facts = model_facts(decoder, cache, adapter, model_digest(decoder))
     producers = cache.producers
     adopted = session.before(ids, mask, facts, list(producers.values()))
     for name in BY_TOKEN:

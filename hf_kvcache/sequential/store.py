@@ -21,6 +21,7 @@ from hf_kvcache.sequential.identity import Identity, page_key
 from hf_kvcache.sequential.lookup import Match, extend
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
+from hf_kvcache.sequential.prefill import PrefillRates
 from hf_kvcache.sequential.writer import Writer
 
 PAGE_SIZE = 256
@@ -86,7 +87,7 @@ class PrefixStore:
             raise ValueError("secret must be up to 64 bytes")
         self.url, self.page_size, self.limit_bytes = str(url), page_size, limit_bytes
         self.namespace, self.secret, self.options = namespace, secret, dict(options or {})
-        self.counts = Counts()
+        self.counts, self.rates = Counts(), PrefillRates()
         self.backend: Backend = open_backend(self.url, secret, self.options)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
@@ -101,19 +102,34 @@ class PrefixStore:
         """
         return f"{self.namespace}\0{hashlib.sha256(self.secret).hexdigest()}" if self.secret else self.namespace
 
-    def match(self, identity: Identity, ids: Sequence[int] | np.ndarray, *, forked: int | None = None) -> list[Match]:
+    def match(
+        self,
+        identity: Identity,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        known: Sequence[Match] = (),
+        forked: int | None = None,
+    ) -> list[Match]:
         """The longest chain of pages that `ids` begins with; the last one may be shared in part.
 
         Args:
             identity: of the run.
             ids: the prompt.
+            known: whole pages that were found of its beginning before; they are not asked for again.
             forked: tokens of the longest page of which a part counts; None for any.
         """
-        found: list[Match] = []
+        found = list(known)
         forked = self.page_size if forked is None else forked
         with self._surviving("looked up"):
             extend(found, self.backend, identity.root, np.asarray(ids, dtype=np.uint32), self.page_size, forked)
         return found
+
+    def holds(self, match: Match) -> bool:
+        """Whether a page that was found is still there."""
+        there = False
+        with self._surviving("looked up"):
+            there = self.backend.contains(match.key, match.parent)
+        return there
 
     def load(self, match: Match, codecs: dict[str, PageCodec], context: Context) -> Page | None:
         """A matched page, None when it is not usable; a damaged one is removed."""
