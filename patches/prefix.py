@@ -2,7 +2,7 @@
 
 Before a forward that brings an announced prompt, the layers adopt what the store knows, and the decoder gets only the
 tokens that are left. What cannot be looked up soundly is computed: embeddings in place of tokens, positions that are
-not those of the tokens, weights or rotary embeddings that depend on more than the prefix.
+not those of the tokens, weights or rotary embeddings that depend on more than the prefix, hooks that may do anything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
-from hf_kvcache.fingerprint import weights_digest
+from hf_kvcache.fingerprint import model_digest
 from hf_kvcache.patches.adapter import Adapter, home
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 BY_TOKEN = ("input_ids", "position_ids", "cache_position")
 # RoPE whose angles for a token depend on how long the whole sequence is
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
+# packages whose hooks record outputs or ask for gradients, and change nothing while generating
+HARMLESS = {"hf_kvcache", "transformers"}
 
 
 def adopt_prefix(decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], adapter: Adapter) -> None:
@@ -35,11 +37,14 @@ def adopt_prefix(decoder: nn.Module, cache: KVCache, kwargs: dict[str, Any], ada
     if ids is None or not _plain(decoder, ids.device) or not _in_order(positions, mask, cache, ids.shape[1]):
         session.stop()
         return
-    if any(tensor.device.type == "meta" for tensor in decoder.parameters()):
-        # weights that are elsewhere cannot be told from others
+    if _hooked(decoder) or any(tensor.device.type == "meta" for tensor in decoder.parameters()):
+        # what a hook does, and weights that are elsewhere, cannot be told from others
         session.stop()
         return
-    facts = model_facts(decoder, cache, adapter, weights_digest(decoder))
+    facts = session.facts
+    if facts is None or session.ends_with(ids.shape[1]):
+        # it reads weights, so not for every chunk; again at the end, after which pages are written as the first one's
+        facts = model_facts(decoder, cache, adapter, model_digest(decoder))
     producers = cache.producers
     adopted = session.before(ids, mask, facts, list(producers.values()))
     for name in BY_TOKEN:
@@ -85,6 +90,16 @@ def _plain(decoder: nn.Module, device: torch.device) -> bool:
     nested = [kind for kind in kinds.values() if isinstance(kind, dict)]
     types = {kind.get("rope_type", "default") for kind in nested or [kinds]}
     return not (decoder.training or torch.is_autocast_enabled(device.type) or types & LENGTH_DEPENDENT)
+
+
+def _hooked(decoder: nn.Module) -> bool:
+    """Whether anybody may change what the decoder computes: steering vectors, adapters chosen row by row."""
+    everywhere = nn.modules.module
+    found = [everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks]
+    for module in decoder.modules():
+        found += [module._forward_pre_hooks, module._forward_hooks]
+    homes = {str(getattr(hook, "__module__", "")).partition(".")[0] for hooks in found for hook in hooks.values()}
+    return not homes <= HARMLESS
 
 
 def _in_order(positions: Tensor | None, mask: Tensor | None, cache: KVCache, new: int) -> bool:

@@ -24,7 +24,7 @@ from sequential_rate import cache_of, read_prompt
 from torch import Tensor
 
 from hf_kvcache import Sequential, load_cache, patch_model, unpatch_model
-from hf_kvcache.fingerprint import weights_digest
+from hf_kvcache.fingerprint import model_digest
 from hf_kvcache.patches.attach import require_attached
 from hf_kvcache.real_models import REAL_MODELS
 from hf_kvcache.sequential.basis import Basis
@@ -61,7 +61,7 @@ def prepare(model: Any, tokenizer: Any, basis: Basis, lengths: list[int], folder
             store = PrefixStore(folder / name)
             patch_model(model, Sequential(store=store, codec=codec))
             attachment = require_attached(model)
-            weights = weights_digest(attachment.adapter.find_decoder(model))
+            weights = model_digest(attachment.adapter.find_decoder(model))
             parent = attachment.spec.prefix.identity(attachment.spec, weights, str(model.dtype)).root
             for page in pages:
                 parent = store.put(page, parent, codec, context)

@@ -22,8 +22,8 @@ class Auto:
 
     A page that keeps keys and values costs bytes / bandwidth + the seconds of decoding; one that keeps its tokens costs
     tokens / prefill rate. What the options do not say is measured: the bandwidth over what the store has read, the
-    prefill over the prompt that is stored, decoding on the first page of every codec. A run that finds a page of tokens
-    computes it and all that follows, so the choice is worth most where it is the same for a whole prompt.
+    prefill over long forwards of the model, decoding on the first page of every codec. A run that finds a page of
+    tokens computes it and all that follows, so the choice is worth most where it is the same for a whole prompt.
 
     Args:
         kept: codecs that keep keys and values.
@@ -44,6 +44,10 @@ class Auto:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be a positive number a second, or None to measure it, got {value!r}")
+
+    @property
+    def repeatable(self) -> int:
+        return min(codec.repeatable for codec in self.kept)
 
     @property
     def identity(self) -> str:

@@ -24,7 +24,7 @@ class Identity:
 
     Args:
         fingerprint: of the model (`hf_kvcache.fingerprint`), RoPE settings included.
-        weights: digest of all weights in force, adapters included (`fingerprint.weights_digest`).
+        weights: digest of all weights in force, adapters included, and of all settings (`fingerprint.model_digest`).
         dtype: of keys and values.
         source_layers: the sharing plan; a consumer's layer stores nothing.
         codec: of the pages, with the options that change what is restored.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hf_kvcache.sequential.packing import PageError, join_planes, split_planes
-from hf_kvcache.sequential.page import Coded, Context, Page
+from hf_kvcache.sequential.page import UNLIMITED, Coded, Context, Page
 
 # numpy knows no bfloat16; planes are bytes, so integers of that width do
 INTEGERS: dict[int, tuple[torch.dtype, np.dtype]] = {
@@ -25,6 +25,7 @@ class Lossless:
 
     name: ClassVar[str] = "lossless"
     restores: ClassVar[bool] = True
+    repeatable: ClassVar[int] = UNLIMITED
 
     @property
     def identity(self) -> str:

@@ -15,6 +15,9 @@ Rotate = Callable[[int, Tensor, Tensor, bool], Tensor]
 
 DTYPES = {"torch.float32": torch.float32, "torch.bfloat16": torch.bfloat16, "torch.float16": torch.float16}
 
+# tokens that no page has
+UNLIMITED = 1 << 31
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -122,10 +125,15 @@ class PageCodec(Protocol):
         name: in page files.
         identity: name and the options that change what is restored; part of every key.
         restores: whether decoding gives keys and values; otherwise they are computed again from the tokens.
+        repeatable: tokens of the longest page of which a part may become part of another page: what comes back of it
+            does not change when it is coded once more.
     """
 
     name: ClassVar[str]
     restores: ClassVar[bool]
+
+    @property
+    def repeatable(self) -> int: ...
 
     @property
     def identity(self) -> str: ...

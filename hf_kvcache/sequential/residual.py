@@ -63,6 +63,10 @@ class Residual:
             raise ValueError(f"quality must be a positive number from {1 / MOST:g} to {MOST:g}, got {self.quality!r}")
 
     @property
+    def repeatable(self) -> int:
+        return self.full - 1
+
+    @property
     def identity(self) -> str:
         digest = "none" if self.basis is None else self.basis.digest
         return f"{self.name} trellis {self.quality} {digest} {self.full} {self.sinks}"

@@ -11,6 +11,10 @@ composed, and one store serves all compositions of one sharing plan.
 
 Rows of a batch are looked up one by one. They share their columns, so a batch adopts up to the column that every row
 can: rows that miss make it a cold run. Padding stands for nothing and is neither looked up nor stored.
+
+Where two prompts part in the middle of a page, the second one's page is written with what it adopted of the first's.
+A codec that loses would lose again with every such fork, so of a page that it does not keep as it is nothing is adopted
+but the whole.
 """
 
 from __future__ import annotations
@@ -27,9 +31,10 @@ from torch import Tensor
 
 from hf_kvcache.clock import now
 from hf_kvcache.sequential.identity import Identity
+from hf_kvcache.sequential.lookup import Match
 from hf_kvcache.sequential.page import Context, Geometry, Page, PageCodec, Rotate
 from hf_kvcache.sequential.pieces import Pieces
-from hf_kvcache.sequential.store import Match, PrefixStore
+from hf_kvcache.sequential.store import PrefixStore
 
 # a tail is worth a file of its own from this part of a page on
 SHORTEST_TAIL = 16
@@ -48,7 +53,7 @@ class ModelFacts:
     """What a session asks of the model before a forward.
 
     Args:
-        weights: digest of all weights in force.
+        weights: digest of all weights and settings in force.
         geometry: of one token's keys and values.
         devices: of the producers.
         rotate: applies and undoes RoPE.
@@ -104,14 +109,16 @@ class PromptSession:
         self.active = True
         self._seen = 0
         self._began = 0.0
-        self._computed = 0
-        self._spent = 0.0
         self._devices: set[torch.device] = set()
         self._pieces = Pieces()
         # by producer, the column up to which it has keys and values
         self._filled: dict[int, int] = {}
         # the first column of a page to write: nothing before it is kept
         self._kept_from = 0
+
+    def ends_with(self, columns: int) -> bool:
+        """Whether a forward of so many columns brings the rest of the prompt."""
+        return self._seen + columns >= self.prompt_length
 
     def before(self, ids: Tensor, mask: Tensor | None, facts: ModelFacts, layers: Sequence[AdoptingLayer]) -> int:
         """Looks up the tokens of a forward and has the layers adopt what is there.
@@ -166,9 +173,9 @@ class PromptSession:
         """Ends a forward; when the prompt is complete, its pages are submitted."""
         if not self.active or self.facts is None:
             return
-        self._spent += now(self._devices) - self._began
         seen = min(self._filled.values(), default=0)
-        self._computed += seen - self._seen
+        computed = (seen - self._seen) * len(self.rows)
+        self.store.rates.note(self.identity.fingerprint, computed, now(self._devices) - self._began)
         self._seen = seen
         if seen >= self.prompt_length:
             self._submit()
@@ -193,12 +200,8 @@ class PromptSession:
     @property
     def _context(self) -> Context:
         assert self.facts is not None
-        return Context(self.facts.geometry, self.facts.rotate, self._seconds, self.store.bandwidth)
-
-    @property
-    def _seconds(self) -> float:
-        """Of prefill, a token, so far."""
-        return self._spent / max(self._computed * len(self.rows), 1)
+        seconds = self.store.rates.seconds(self.identity.fingerprint)
+        return Context(self.facts.geometry, self.facts.rotate, seconds, self.store.bandwidth)
 
     @property
     def _adoptable(self) -> int:
@@ -225,14 +228,19 @@ class PromptSession:
         for row in self.rows:
             name = row.ids.tobytes()
             if name not in found:
-                found[name] = self.store.match(self.identity, row.ids)
+                known = self._whole(row)
+                found[name] = self.store.match(self.identity, row.ids, known=known, forked=self.codec.repeatable)
             row.matches = found[name]
         # what was let go of once does not come back, also where a store has lost pages since
-        self._kept_from = max(self._kept_from, min(row.padding + self._whole(row) for row in self.rows))
+        self._kept_from = max(self._kept_from, min(row.padding + self._stored(row) for row in self.rows))
 
-    def _whole(self, row: Row) -> int:
-        """Tokens of the whole pages that the store has of a row."""
-        return sum(match.length for match in row.matches if match.length == self.store.page_size)
+    def _whole(self, row: Row) -> list[Match]:
+        """The whole pages that the store has of a row."""
+        return [match for match in row.matches if match.length == self.store.page_size]
+
+    def _stored(self, row: Row) -> int:
+        """Their tokens."""
+        return len(self._whole(row)) * self.store.page_size
 
     def _keep(self, producer: int, first: int, key: Tensor, value: Tensor) -> None:
         """Notes keys and values `[B, H_kv, n, D]` of the columns from `first` on, where pages will be made of them."""
@@ -305,18 +313,17 @@ class PromptSession:
         assert self.facts is not None
         size, chains = self.store.page_size, []
         for number, row in {row.ids.tobytes(): (number, row) for number, row in enumerate(self.rows)}.values():
-            start = self._whole(row)
+            whole, start = self._whole(row), self._stored(row)
             if start >= len(row.ids) or row.padding + start < self._kept_from:
                 continue
-            whole = [match.key for match in row.matches if match.length == size]
             # put together in the background, from what the forward left
             pages = [
                 partial(self._pieces.page, self.facts.geometry, number, row.padding, row.ids[at : at + size], at)
                 for at in range(start, len(row.ids), size)
             ]
-            chains.append(((whole or [self.identity.root])[-1], pages))
+            chains.append((whole[-1] if whole else None, pages))
         if chains:
-            task = partial(_write, self.store, self.codec, self._context, self._seconds, self.identity, chains)
+            task = partial(_write, self.store, self.codec, self._context, self.identity, chains)
             # a prompt that waits is moved to the host: its keys and values are gigabytes of a device that the next
             # prompts need. One that does not wait is copied in the background, since copying it here would add to the
             # time to the first token
@@ -333,17 +340,21 @@ def _write(
     store: PrefixStore,
     codec: PageCodec,
     context: Context,
-    seconds: float,
     identity: Identity,
-    chains: Sequence[tuple[str, Sequence[Callable[[], Page]]]],
+    chains: Sequence[tuple[Match | None, Sequence[Callable[[], Page]]]],
 ) -> None:
-    """Stores pages that follow each other, each chain behind a page that is there."""
-    for parent, pages in chains:
+    """Stores pages that follow each other, each chain behind a page that is there, or at the beginning."""
+    for behind, pages in chains:
+        if behind is not None and not store.holds(behind):
+            # it went since it was found, and nobody would find what comes after it
+            continue
+        parent = identity.root if behind is None else behind.key
         for make in pages:
             page = make()
             if len(page) * SHORTEST_TAIL < store.page_size:
                 break
-            key = store.put(page, parent, codec, context, seconds=seconds * len(page), model=identity.fingerprint)
+            seconds = context.prefill_seconds * len(page)
+            key = store.put(page, parent, codec, context, seconds=seconds, model=identity.fingerprint)
             if key is None:
                 break
             parent = key

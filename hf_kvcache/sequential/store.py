@@ -17,28 +17,14 @@ import numpy as np
 
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
-from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
+from hf_kvcache.sequential.identity import Identity, page_key
+from hf_kvcache.sequential.lookup import Match, extend
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
+from hf_kvcache.sequential.prefill import PrefillRates
 from hf_kvcache.sequential.writer import Writer
 
 PAGE_SIZE = 256
-
-
-@dataclass(frozen=True)
-class Match:
-    """A page that a prompt begins with.
-
-    Args:
-        key, parent: of the page.
-        start: the position of its first token.
-        length: how many of its tokens the prompt shares; fewer than it has at a fork.
-    """
-
-    key: str
-    parent: str
-    start: int
-    length: int
 
 
 @dataclass
@@ -101,7 +87,7 @@ class PrefixStore:
             raise ValueError("secret must be up to 64 bytes")
         self.url, self.page_size, self.limit_bytes = str(url), page_size, limit_bytes
         self.namespace, self.secret, self.options = namespace, secret, dict(options or {})
-        self.counts = Counts()
+        self.counts, self.rates = Counts(), PrefillRates()
         self.backend: Backend = open_backend(self.url, secret, self.options)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
@@ -116,21 +102,34 @@ class PrefixStore:
         """
         return f"{self.namespace}\0{hashlib.sha256(self.secret).hexdigest()}" if self.secret else self.namespace
 
-    def match(self, identity: Identity, ids: Sequence[int] | np.ndarray) -> list[Match]:
-        """The longest chain of pages that `ids` begins with; the last one may be shared in part."""
-        ids = np.asarray(ids, dtype=np.uint32)
-        parent, start, found = identity.root, 0, []
+    def match(
+        self,
+        identity: Identity,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        known: Sequence[Match] = (),
+        forked: int | None = None,
+    ) -> list[Match]:
+        """The longest chain of pages that `ids` begins with; the last one may be shared in part.
+
+        Args:
+            identity: of the run.
+            ids: the prompt.
+            known: whole pages that were found of its beginning before; they are not asked for again.
+            forked: tokens of the longest page of which a part counts; None for any.
+        """
+        found = list(known)
+        forked = self.page_size if forked is None else forked
         with self._surviving("looked up"):
-            while len(ids) - start >= self.page_size:
-                key = page_key(parent, ids[start : start + self.page_size])
-                if not self.backend.contains(key, parent):
-                    break
-                found.append(Match(key, parent, start, self.page_size))
-                parent, start = key, start + self.page_size
-            fork = self._fork(parent, start, ids[start : start + self.page_size])
-            if fork is not None:
-                found.append(fork)
+            extend(found, self.backend, identity.root, np.asarray(ids, dtype=np.uint32), self.page_size, forked)
         return found
+
+    def holds(self, match: Match) -> bool:
+        """Whether a page that was found is still there."""
+        there = False
+        with self._surviving("looked up"):
+            there = self.backend.contains(match.key, match.parent)
+        return there
 
     def load(self, match: Match, codecs: dict[str, PageCodec], context: Context) -> Page | None:
         """A matched page, None when it is not usable; a damaged one is removed."""
@@ -307,17 +306,6 @@ class PrefixStore:
 
     def __deepcopy__(self, memo) -> PrefixStore:
         return self
-
-    def _fork(self, parent: str, start: int, rest: np.ndarray) -> Match | None:
-        """The page behind `parent` that shares most tokens with `rest`, in part; None when none shares any."""
-        found = self.backend.nearest(parent, rest) if len(rest) else []
-        shared = [(common_prefix(ids, rest), ids) for ids in found]
-        for length, ids in sorted(shared, key=lambda pair: pair[0], reverse=True):
-            # an index is not signed and may be behind: believed is what there is a page for, by the hash of its ids
-            key = page_key(parent, ids)
-            if length and self.backend.contains(key, parent):
-                return Match(key, parent, start, length)
-        return None
 
     def _make_room(self, size: int, keep: str) -> bool:
         """Brings the store to its limit, with room for `size` bytes; False when that cannot be."""

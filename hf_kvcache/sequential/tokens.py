@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.page import Coded, Context, Page
+from hf_kvcache.sequential.page import UNLIMITED, Coded, Context, Page
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Tokens:
 
     name: ClassVar[str] = "tokens"
     restores: ClassVar[bool] = False
+    repeatable: ClassVar[int] = UNLIMITED
 
     @property
     def identity(self) -> str:

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from hf_kvcache import Sequential, patch_model
+from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.sequential_basis import calibrate_basis
+from hf_kvcache.fingerprint import model_digest
+from hf_kvcache.patches.prefix import model_facts
 from hf_kvcache.sequential import record
 from hf_kvcache.sequential.backends import Entry
 from hf_kvcache.sequential.basis import Basis, gather, groups, scatter
@@ -204,6 +207,46 @@ def test_a_hit_at_high_quality_gives_the_tokens_of_a_cold_run(tmp_path):
             assert torch.equal(greedy(model, ids), expected)
             store.flush()
             assert store.counts.adopted_tokens == adopted
+
+
+@pytest.mark.parametrize("codec", ["residual", "auto"])
+def test_errors_do_not_grow_from_fork_to_fork(codec, tmp_path):
+    """Prompts that part in the middle of a page: what they share in it is coded once, and never what was decoded."""
+    store, exact = PrefixStore(tmp_path / "lossy", page_size=16), PrefixStore(tmp_path / "exact", page_size=16)
+    original, shared = tiny_model("llama"), random_ids(length=14)
+    model = patch_model(copy.deepcopy(original), Sequential(store=store, codec=codec, quality=2.0))
+    if codec == "auto":
+        model._hf_kvcache.spec.prefix.codec._decoding.update(lossless=1.0, residual=0.0)
+    reference = patch_model(original, Sequential(store=exact))
+    errors = []
+    for seed in range(12):
+        ids = torch.cat([shared, random_ids(length=6, seed=seed + 1)], dim=1)
+        found = [first_page(each, ids).first(14).flat() for each in (model, reference)]
+        errors.append(float((found[0] - found[1]).square().mean().sqrt()))
+    assert 0 < max(errors) < 1.2 * errors[0]
+    assert store.counts.adopted_tokens == 0 and exact.counts.adopted_tokens >= 11 * 14
+
+
+def first_page(model, ids):
+    """What the store has of the first page of a prompt that was read."""
+    greedy(model, ids, tokens=2)
+    attachment = model._hf_kvcache
+    source = attachment.spec.prefix
+    source.store.flush()
+    facts = model_facts(model.model, KVCache(attachment.spec), attachment.adapter, model_digest(model.model))
+    identity = source.identity(attachment.spec, facts.weights, str(model.dtype))
+    match = source.store.match(identity, ids[0].numpy())[0]
+    return source.store.load(match, {source.codec.name: source.codec}, Context(facts.geometry, facts.rotate))
+
+
+def test_a_tail_that_stays_as_it_is_is_shared_in_part(tmp_path):
+    store, ids = PrefixStore(tmp_path, page_size=16), random_ids(length=29)
+    model = patch_model(tiny_model("llama"), Sequential(store=store, codec="residual", quality=2.0))
+    greedy(model, ids, tokens=2)
+    store.flush()
+    greedy(model, torch.cat([ids[:, :26], random_ids(length=9, seed=5)], dim=1), tokens=2)
+    store.flush()
+    assert store.counts.adopted_tokens == 26
 
 
 def test_options_are_checked(tmp_path, basis):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hf_kvcache import Sequential, compress, patch_model
+from hf_kvcache.fingerprint import SAMPLED_ROWS
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.testing import greedy, tiny_model
-from tests.sequential.hits.compositions import PAGE, adopted, cold, prompts, stored
+from tests.sequential.hits.compositions import PAGE, adopted, cold, original, prompts, stored
 
 
 def test_pages_are_never_another_models(store):
@@ -28,6 +29,53 @@ def test_pages_are_never_another_models(store):
     assert adopted(stored("llama", store, codec="tokens"), store, ids) == 0
 
 
+@pytest.mark.parametrize(
+    "family, setting",
+    [
+        ("llama", {"rms_norm_eps": 1e-2}),
+        ("gemma2", {"attn_logit_softcapping": 0.5}),
+        ("qwen3_moe", {"num_experts_per_tok": 1}),
+    ],
+)
+def test_pages_are_never_of_other_settings(family, setting, store):
+    ids = prompts()[0]
+    adopted(stored(family, store), store, ids)
+    model = patch_model(tiny_model(family, **setting), Sequential(store=store))
+    assert model.model.get_input_embeddings().weight.equal(original(family).get_input_embeddings().weight)
+    assert adopted(model, store, ids) == 0
+    assert adopted(model, store, ids) == 44
+
+
+@pytest.mark.parametrize("place", ["layers.1", "layers.2.self_attn.k_proj", "embed_tokens", "", "everywhere"])
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_of_others_are_not_trusted(place, kind, store):
+    """What steers a layer is neither in the weights nor in the settings."""
+    ids, model = prompts()[0], stored("llama", store)
+    adopted(model, store, ids)
+    if place == "everywhere":
+        register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    else:
+        register = getattr(model.model.get_submodule(place), f"register_{kind}_hook")
+    handle = register(lambda *_: None)
+    try:
+        written = store.counts.written_pages
+        other = torch.cat([ids[:, :20], ids[:, :20]], dim=1)
+        assert adopted(model, store, ids) == adopted(model, store, other) == 0
+        assert store.counts.written_pages == written
+    finally:
+        handle.remove()
+    assert adopted(model, store, ids) == 44
+
+
+def test_hooks_that_only_record_are_no_reason(store):
+    ids, model = prompts()[0], stored("llama", store)
+    model.enable_input_require_grads()
+    adopted(model, store, ids)
+    assert adopted(model, store, ids, output_hidden_states=True, return_dict_in_generate=True) == 44
+    assert model.model.layers[0]._forward_hooks
+    assert adopted(model, store, ids) == 44
+
+
 @pytest.mark.parametrize("place", ["model.layers.1.mlp.down_proj.weight", "model.layers.3.self_attn.q_proj.weight"])
 @pytest.mark.parametrize(
     "way", [lambda weight: weight.mul_(1.01), lambda weight: weight.data.mul_(1.01)], ids=["", "data"]
@@ -42,6 +90,22 @@ def test_training_forgets_the_pages(place, way, store):
     assert adopted(model, store, ids) == 44
 
 
+def test_a_step_on_one_row_of_the_embedding_forgets_the_pages(store):
+    ids, model = prompts()[0], stored("llama", store)
+    weight = model.get_input_embeddings().weight
+    # whose row a sample of as many numbers as of other tensors misses
+    sampled = torch.arange(SAMPLED_ROWS) * (weight.numel() - 1) // (SAMPLED_ROWS - 1) // weight.shape[1]
+    token = next(token for token in ids[0].tolist() if token not in sampled.tolist())
+    adopted(model, store, ids)
+    assert adopted(model, store, ids) == 44
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[token] = 1.0
+    optimizer.step()
+    assert adopted(model, store, ids) == 0
+    assert adopted(model, store, ids) == 44
+
+
 def test_adapters_have_pages_of_their_own(store):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
@@ -52,6 +116,21 @@ def test_adapters_have_pages_of_their_own(store):
     with model.disable_adapter():
         assert adopted(model, store, ids) == 0
     assert adopted(model, store, ids) == 44
+
+
+def test_adapters_that_rows_choose_have_no_pages(store):
+    """PEFT tells the layers which adapter a row wants by hooks; nothing else of the model changes."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama"), config, adapter_name="one").eval()
+    model.add_adapter("two", config)
+    patch_model(model, Sequential(store=store))
+    ids = prompts()[0]
+    adopted(model, store, ids)
+    for name in ("one", "two", "__base__"):
+        assert adopted(model, store, ids, adapter_names=[name]) == 0
+    assert adopted(model, store, ids) == 44
+    assert store.counts.written_pages == 6
 
 
 def test_what_cannot_be_reused_soundly_is_computed(store):
@@ -87,8 +166,9 @@ def test_a_page_of_other_tokens_is_not_adopted(store, monkeypatch):
     store.flush()
     found = PrefixStore.match
 
-    def lie(self, identity, ids):
-        return [replace(match, length=min(PAGE, len(ids) - match.start)) for match in found(self, identity, ids)]
+    def lie(self, identity, ids, **kwargs):
+        matches = found(self, identity, ids, **kwargs)
+        return [replace(match, length=min(PAGE, len(ids) - match.start)) for match in matches]
 
     monkeypatch.setattr(PrefixStore, "match", lie)
     assert torch.equal(greedy(model, second), greedy(reference, second))
