@@ -18,6 +18,7 @@ import numpy as np
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
+from hf_kvcache.sequential.limit import Limit, shrink
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.writer import Writer
@@ -72,7 +73,8 @@ class PrefixStore:
     Args:
         url: a folder, or any URL of fsspec (`s3://bucket/folder`) or Redis (`redis://host:6379/0`).
         page_size: tokens of a page.
-        limit_bytes: keep the store below this; None for no limit.
+        limit_bytes: keep the store below this; None for no limit. Pages that are pinned or of another secret count, and
+            are not removed.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
         secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
         options: for the driver: `durable` of a folder, those of fsspec's file system (`endpoint_url`, `profile`, ...),
@@ -103,6 +105,7 @@ class PrefixStore:
         self.namespace, self.secret, self.options = namespace, secret, dict(options or {})
         self.counts = Counts()
         self.backend: Backend = open_backend(self.url, secret, self.options)
+        self._limit = None if limit_bytes is None else Limit(self.backend, limit_bytes)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
         # of a store that nobody closes; at exit the system does, after all that waits has been written
@@ -182,7 +185,7 @@ class PrefixStore:
             now = time.time()
             entry = Entry(key, parent, page.ids, page.start, codec.name, 0, now, now, **known)
             written = record.write(page, codec, context, entry, self.secret)
-            if self.limit_bytes is None or self._make_room(written.entry.size, keep=parent):
+            if self._make_room(written.entry.size, keep=parent):
                 self.backend.write(written.entry, written.data)
                 self.counts.written_pages += 1
                 self.counts.written_bytes += written.entry.size
@@ -284,15 +287,22 @@ class PrefixStore:
 
     def gc(self, limit_bytes: int | None = None) -> int:
         """Removes what interrupted writes left, pages that nothing leads to, tails that a longer page has made needless
-        and, above a limit, what is worth least. Returns the bytes freed."""
+        and, above a limit, what is worth least. Returns the bytes freed.
+
+        Args:
+            limit_bytes: to come as near to as pins allow. None for the limit of the store, for which nothing is removed
+                where that would not be enough.
+        """
         freed, unreadable = self._collect()
         entries, pinned = list(self.backend.entries()), set(self.backend.pins().values())
         # what stands behind a page that nobody here can read is not lost
         gone = [] if unreadable else list(eviction.needless(entries, pinned, self.page_size))
         for entry in gone:
             self.backend.delete(entry.key, entry.parent)
-        limit = self.limit_bytes if limit_bytes is None else limit_bytes
-        gone += [] if limit is None else self._shrink(limit, set())
+        if limit_bytes is not None:
+            gone += shrink(self.backend, limit_bytes)
+        elif self.limit_bytes is not None:
+            gone += shrink(self.backend, self.limit_bytes, wholly=True)
         keys = {entry.key for entry in gone}
         self.backend.reindex([entry for entry in entries if entry.key not in keys])
         return freed + sum(entry.size for entry in gone)
@@ -320,30 +330,11 @@ class PrefixStore:
         return None
 
     def _make_room(self, size: int, keep: str) -> bool:
-        """Brings the store to its limit, with room for `size` bytes; False when that cannot be."""
-        assert self.limit_bytes is not None
-        if size > self.limit_bytes:
-            text = f"limit_bytes={self.limit_bytes} is smaller than one page of {size} bytes; nothing can be stored"
-            self._say("limit", text)
-            return False
-        if self.backend.total() + size > self.limit_bytes:
-            self._shrink(self.limit_bytes - size, {keep})
-        return self.backend.total() + size <= self.limit_bytes
-
-    def _shrink(self, limit: int, keep: set[str]) -> list[Entry]:
-        """Removes the pages that are worth least until `limit` bytes are left; returns them."""
-        gone: list[Entry] = []
-        excess = self.backend.total() - limit
-        if excess <= 0:
-            return gone
-        pinned = set(self.backend.pins().values()) | keep
-        for entry in eviction.cheapest(list(self.backend.entries()), pinned, time.time()):
-            if excess <= 0:
-                break
-            self.backend.delete(entry.key, entry.parent)
-            excess -= entry.size
-            gone.append(entry)
-        return gone
+        """Keeps the store below its limit with `size` more bytes; False when that cannot be."""
+        problem = "" if self._limit is None else self._limit.make_room(size, {keep})
+        if problem:
+            self._say("limit", problem)
+        return not problem
 
     def _collect(self) -> tuple[int, int]:
         """Has the place clean up: bytes freed, and how many pages of which it knows no more than a name are whole and

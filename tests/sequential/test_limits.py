@@ -49,6 +49,34 @@ def test_pins_hold_a_session(tmp_path):
     assert list(store.entries()) == []
 
 
+def test_pages_of_another_tenant_do_not_cost_ones_own(tmp_path):
+    """They count, and whoever cannot read them cannot remove them: to remove all of one's own would gain nothing."""
+    pytest.importorskip("fsspec", reason="fsspec is not installed")
+    url = f"local://{tmp_path}"
+    put_chain(PrefixStore(url, page_size=8, secret=b"a"), chain(10))
+    own = put_chain(PrefixStore(url, page_size=8, secret=b"b"), chain(4, 1))
+    limit = PrefixStore(url, page_size=8).backend.total() // 2
+    store = PrefixStore(url, page_size=8, secret=b"b", limit_bytes=limit)
+    with pytest.warns(RuntimeWarning, match=f"limit_bytes={limit} leaves no room .* another secret") as said:
+        assert put_chain(store, chain(2, 2)) == [None, None]
+    assert len(said) == 1
+    assert sorted(entry.key for entry in store.entries()) == sorted(own)
+    with pytest.warns(RuntimeWarning, match="kept"):
+        assert store.gc() == 0
+    assert sorted(entry.key for entry in store.entries()) == sorted(own)
+
+
+def test_a_limit_that_pins_fill_is_said(tmp_path):
+    with PrefixStore(tmp_path, page_size=8) as store:
+        first, second = put_chain(store, chain(3)), put_chain(store, chain(1, 1))
+        store.pin("a chat", first[-1])
+        pinned = sum(entry.size for entry in store.entries() if entry.key in first)
+    with PrefixStore(tmp_path, page_size=8, limit_bytes=pinned) as store:
+        with pytest.warns(RuntimeWarning, match="too many are pinned"):
+            assert put_chain(store, chain(1, 2)) == [None]
+        assert sorted(entry.key for entry in store.entries()) == sorted(first + second)
+
+
 def test_worth_follows_time_bytes_and_reuse():
     def entry(**fields):
         plain = {"size": 100, "created": 0.0, "seconds": 1.0, "information": 10.0}
