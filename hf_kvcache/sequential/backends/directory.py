@@ -22,6 +22,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends.connection import Connection
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
@@ -58,9 +59,7 @@ class Directory:
 
     def __init__(self, path: str | Path, secret: bytes = b"", durable: bool = True) -> None:
         self.path, self.secret, self.durable = Path(path).absolute(), secret, durable
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._process = -1
+        self._index = Connection(self._opened)
         (self.path / "pages").mkdir(parents=True, exist_ok=True)
 
     def write(self, entry: Entry, data: bytes) -> None:
@@ -79,7 +78,8 @@ class Directory:
             raise
         if self.durable:
             _flush_folder(place.parent)
-        self._insert([entry])
+        with self._index.transaction() as database:
+            _enter(database, [entry])
 
     def read(self, key: str, parent: str) -> bytes | None:
         try:
@@ -102,7 +102,7 @@ class Directory:
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
         rows = [(now, key) for key, _ in keys]
-        with self._lock, self._database() as database:
+        with self._index.transaction() as database:
             database.executemany("UPDATE pages SET hits = hits + 1, used = ? WHERE key = ?", rows)
 
     def delete(self, key: str, parent: str) -> None:
@@ -133,17 +133,10 @@ class Directory:
 
     def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
         """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
-        freed, found, unreadable = 0, [], []
         known = {row[0] for row in self._run("SELECT key FROM pages")}
-        for path in (self.path / "pages").glob("*/*"):
-            if path.name.startswith("."):
-                freed += _remove_abandoned(path)
-            elif path.name not in known:
-                try:
-                    found += _entry_of(path, self.secret)
-                except UnreadablePage as error:
-                    unreadable.append((path.name, error))
-        self._insert(found)
+        freed, found, unreadable = self._strangers(known)
+        with self._index.transaction() as database:
+            _enter(database, found)
         for key in known:
             if not self._place(key).exists():
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
@@ -153,10 +146,7 @@ class Directory:
         """What `collect` enters and `delete` removes, `nearest` finds."""
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None and self._process == os.getpid():
-                self._connection.close()
-            self._connection = None
+        self._index.close()
 
     def _place(self, key: str) -> Path:
         return self.path / "pages" / require_key(key)[:2] / key
@@ -168,37 +158,30 @@ class Directory:
         except UnreadablePage:
             return []
 
-    def _insert(self, entries: Iterable[Entry]) -> None:
-        rows = [
-            (
-                entry.key,
-                require_key(entry.parent),
-                int(entry.ids[0]),
-                blob_of_ids(entry.ids),
-                *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
-                *(entry.seconds, entry.information, entry.model),
-            )
-            for entry in entries
-        ]
-        with self._lock, self._database() as database:
-            database.executemany(f"INSERT OR REPLACE INTO pages VALUES ({', '.join('?' * 13)})", rows)
+    def _strangers(self, known: set[str]) -> tuple[int, list[Entry], list[tuple[str, UnreadablePage]]]:
+        """Files that are not known: the bytes of scratch files, which are removed, pages, and those of others."""
+        freed, found, unreadable = 0, [], []
+        for path in (self.path / "pages").glob("*/*"):
+            if path.name.startswith("."):
+                freed += _remove_abandoned(path)
+            elif path.name not in known:
+                try:
+                    found += _entry_of(path, self.secret)
+                except UnreadablePage as error:
+                    unreadable.append((path.name, error))
+        return freed, found, unreadable
 
     def _run(self, statement: str, values: tuple = ()) -> list[tuple]:
-        with self._lock, self._database() as database:
+        with self._index.transaction() as database:
             return database.execute(statement, values).fetchall()
 
-    def _database(self) -> sqlite3.Connection:
-        """The connection of this process: one that was inherited over a fork must not be used."""
-        if self._connection is None or self._process != os.getpid():
-            try:
-                self._connection = self._open()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                self._rebuild()
-            self._process = os.getpid()
-        assert self._connection is not None
-        return self._connection
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            return self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            return self._rebuilt()
 
     def _open(self) -> sqlite3.Connection:
         index = self.path / "index.sqlite"
@@ -217,14 +200,32 @@ class Directory:
             raise
         return connection
 
-    def _rebuild(self) -> None:
+    def _rebuilt(self) -> sqlite3.Connection:
         """Puts a damaged index aside and makes one anew from the pages."""
         for suffix in ("", "-wal", "-shm"):
             path = self.path / f"index.sqlite{suffix}"
             if path.exists():
                 path.replace(self.path / f"damaged-{os.getpid()}-index.sqlite{suffix}")
-        self._connection, self._process = self._open(), os.getpid()
-        self.collect()
+        database = self._open()
+        with database:
+            _enter(database, self._strangers(set())[1])
+        return database
+
+
+def _enter(database: sqlite3.Connection, entries: Iterable[Entry]) -> None:
+    """Has an index know of pages."""
+    rows = [
+        (
+            entry.key,
+            require_key(entry.parent),
+            int(entry.ids[0]),
+            blob_of_ids(entry.ids),
+            *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
+            *(entry.seconds, entry.information, entry.model),
+        )
+        for entry in entries
+    ]
+    database.executemany(f"INSERT OR REPLACE INTO pages VALUES ({', '.join('?' * 13)})", rows)
 
 
 def _entry_of(path: Path, secret: bytes) -> list[Entry]:

@@ -1,0 +1,76 @@
+"""The index of a folder, where others hold it: processes that fork from this one, and those that write."""
+
+import multiprocessing
+import sqlite3
+import time
+from functools import partial
+
+import pytest
+
+from hf_kvcache.sequential.store import PrefixStore
+from hf_kvcache.sequential.trials import IDENTITY, chain, ids_of, put_chain
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture
+def store(tmp_path):
+    with PrefixStore(tmp_path / "store", page_size=8) as opened:
+        yield opened
+
+
+@pytest.fixture
+def held(store):
+    """Somebody else in a transaction that writes."""
+    other = sqlite3.connect(f"{store.url}/index.sqlite", check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    yield other
+    other.close()
+
+
+@pytest.fixture
+def pages(store):
+    found = chain(3)
+    put_chain(store, found)
+    return found
+
+
+def forked(task):
+    """Runs a task in a child that forks from this process; whether it ended and did what it should."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork on this system")
+    child = multiprocessing.get_context("fork").Process(target=task, daemon=True)
+    child.start()
+    child.join(30)
+    ended = child.exitcode == 0
+    child.kill()
+    child.join()
+    return ended
+
+
+def looked_up(store, pages):
+    assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:21])] == [8, 8, 5]
+    # as where a process ends by itself
+    del store.backend._index
+
+
+def written(store, pages):
+    assert None not in put_chain(store, pages)
+    assert store.verify() == (6, [])
+
+
+def test_a_fork_while_the_writer_waits_hangs_nobody(store, pages, held):
+    store.submit(partial(put_chain, store, chain(1, 1)), 1)
+    time.sleep(0.5)
+    assert not store.backend._index.closed
+    assert forked(partial(looked_up, store, pages))
+    held.rollback()
+    store.flush()
+    assert store.counts.failures == 0 and len(list(store.entries())) == 4
+
+
+def test_nothing_open_is_carried_over_a_fork(store, pages):
+    assert not store.backend._index.closed
+    assert forked(partial(written, store, chain(3, 1)))
+    assert None not in put_chain(store, chain(3, 2))
+    assert store.verify() == (9, [])
