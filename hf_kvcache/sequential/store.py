@@ -146,7 +146,7 @@ class PrefixStore:
             try:
                 if data is not None:
                     self.counts.read_bytes += len(data)
-                    page = record.read(data, match.key, match.parent, codecs, context, self.secret)
+                    page = record.read(data, match.key, match.parent, codecs, context, self.secret, self.page_size)
             except UnreadablePage as error:
                 self._unreadable(match.key, error)
             except PageError as error:
