@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hf_kvcache.sequential import eviction, record
-from hf_kvcache.sequential.backends import Backend, Entry, open_backend
+from hf_kvcache.sequential.backends import Backend, Collected, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
 from hf_kvcache.sequential.limit import Limit, shrink
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
@@ -264,8 +264,7 @@ class PrefixStore:
 
         Pages that are whole and cannot be read here are left, and counted in `counts.unreadable_pages`.
         """
-        self._collect()
-        whole, damaged = 0, []
+        whole, damaged = 0, list(self._collect().damaged)
         for entry in list(self.backend.entries()):
             data = self.backend.read(entry.key, entry.parent)
             if data is None:
@@ -293,10 +292,10 @@ class PrefixStore:
             limit_bytes: to come as near to as pins allow. None for the limit of the store, for which nothing is removed
                 where that would not be enough.
         """
-        freed, unreadable = self._collect()
+        found = self._collect()
         entries, pinned = list(self.backend.entries()), set(self.backend.pins().values())
         # what stands behind a page that nobody here can read is not lost
-        gone = [] if unreadable else list(eviction.needless(entries, pinned, self.page_size))
+        gone = [] if found.unreadable else list(eviction.needless(entries, pinned, self.page_size))
         for entry in gone:
             self.backend.delete(entry.key, entry.parent)
         if limit_bytes is not None:
@@ -305,7 +304,7 @@ class PrefixStore:
             gone += shrink(self.backend, self.limit_bytes, wholly=True)
         keys = {entry.key for entry in gone}
         self.backend.reindex([entry for entry in entries if entry.key not in keys])
-        return freed + sum(entry.size for entry in gone)
+        return found.freed + sum(entry.size for entry in gone)
 
     def pin(self, name: str, key: str | None) -> None:
         """Makes a name hold on to a page and all before it, so that no limit removes them; None lets go."""
@@ -336,13 +335,12 @@ class PrefixStore:
             self._say("limit", problem)
         return not problem
 
-    def _collect(self) -> tuple[int, int]:
-        """Has the place clean up: bytes freed, and how many pages of which it knows no more than a name are whole and
-        cannot be read here."""
-        freed, unreadable = self.backend.collect()
-        for key, error in unreadable:
+    def _collect(self) -> Collected:
+        """Has the place clean up, and counts what is there and cannot be read here."""
+        found = self.backend.collect()
+        for key, error in found.unreadable:
             self._unreadable(key, error)
-        return freed, len(unreadable)
+        return found
 
     def _unreadable(self, key: str, error: UnreadablePage) -> None:
         """Counts a page that is left as it is."""

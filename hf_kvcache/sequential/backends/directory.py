@@ -6,7 +6,7 @@
 A page is written beside its place, flushed to the disk, renamed into it and only then entered in the index; that is the
 moment it counts as stored. A process that dies before leaves at most a file without an entry, which is as good as any
 other, or a scratch file, which `collect` removes. Whether a page is there is asked of the files, not of the index: a
-lost index costs nothing but counts, and is rebuilt from the pages.
+lost index costs nothing but counts and pins, and is rebuilt from the pages when the folder is opened.
 """
 
 from __future__ import annotations
@@ -15,34 +15,40 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends import index
+from hf_kvcache.sequential.backends.backend import Collected, Entry, ids_of_blob
 from hf_kvcache.sequential.backends.connection import Connection
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
-# seconds to wait for another process's transaction
-PATIENCE = 60
 # seconds after which a scratch file belongs to nobody
 ABANDONED = 600
 MOST_CHILDREN = 64
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS pages (
-    key TEXT PRIMARY KEY, parent TEXT NOT NULL, head INTEGER NOT NULL, ids BLOB NOT NULL, start INTEGER NOT NULL,
-    codec TEXT NOT NULL, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL,
-    seconds REAL NOT NULL, information REAL, model TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS children ON pages (parent, head);
-CREATE TABLE IF NOT EXISTS pins (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
-"""
 COLUMNS = "key, parent, ids, start, codec, size, created, used, hits, seconds, information, model"
+
+
+@dataclass
+class Strangers:
+    """What lies in a folder and is not in its index.
+
+    Args:
+        pages: that can be entered.
+        damaged: files that are no whole pages, or not in their place.
+        unreadable: keys of pages that cannot be read here, and why.
+    """
+
+    pages: list[Entry] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+    unreadable: list[tuple[str, UnreadablePage]] = field(default_factory=list)
 
 
 class Directory:
@@ -79,7 +85,7 @@ class Directory:
         if self.durable:
             _flush_folder(place.parent)
         with self._index.transaction() as database:
-            _enter(database, [entry])
+            index.enter(database, [entry])
 
     def read(self, key: str, parent: str) -> bytes | None:
         try:
@@ -131,16 +137,20 @@ class Directory:
         else:
             self._run("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, require_key(key)))
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
-        """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
+    def collect(self) -> Collected:
+        """Removes scratch files that nobody writes any more and files that are no pages; enters pages that the index
+        does not know."""
+        freed = sum(_remove_abandoned(path) for path in (self.path / "pages").glob("*/.*"))
         known = {row[0] for row in self._run("SELECT key FROM pages")}
-        freed, found, unreadable = self._strangers(known)
+        found = self._strangers(known)
+        for path in found.damaged:
+            freed += _remove(path)
         with self._index.transaction() as database:
-            _enter(database, found)
+            index.enter(database, found.pages, anew=False)
         for key in known:
             if not self._place(key).exists():
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
-        return freed, unreadable
+        return Collected(freed, [path.name for path in found.damaged], found.unreadable)
 
     def reindex(self, entries: Sequence[Entry]) -> None:
         """What `collect` enters and `delete` removes, `nearest` finds."""
@@ -152,108 +162,80 @@ class Directory:
         return self.path / "pages" / require_key(key)[:2] / key
 
     def _entry_of_page(self, key: str) -> list[Entry]:
-        """What the page itself says, where the index says what cannot be."""
+        """What the page itself says, where the index says what cannot be; nothing when it is not a good one."""
         try:
-            return _entry_of(self._place(key), self.secret)
-        except UnreadablePage:
+            entry = summary(self._place(key).read_bytes(), self.secret)
+        except (OSError, PageError):
             return []
+        return [entry] if entry.key == key else []
 
-    def _strangers(self, known: set[str]) -> tuple[int, list[Entry], list[tuple[str, UnreadablePage]]]:
-        """Files that are not known: the bytes of scratch files, which are removed, pages, and those of others."""
-        freed, found, unreadable = 0, [], []
+    def _strangers(self, known: Collection[str]) -> Strangers:
+        """What the files say that are not known."""
+        found = Strangers()
         for path in (self.path / "pages").glob("*/*"):
-            if path.name.startswith("."):
-                freed += _remove_abandoned(path)
-            elif path.name not in known:
-                try:
-                    found += _entry_of(path, self.secret)
-                except UnreadablePage as error:
-                    unreadable.append((path.name, error))
-        return freed, found, unreadable
+            entered = path.name in known and path == self._place(path.name)
+            if entered or path.name.startswith(".") or not path.is_file():
+                continue
+            try:
+                entry = summary(path.read_bytes(), self.secret)
+                good = entry.key == path.name and path == self._place(entry.key)
+            except FileNotFoundError:
+                # somebody else has removed it since
+                continue
+            except OSError as error:
+                found.unreadable.append((path.name, UnreadablePage(f"the file cannot be read ({error})")))
+                continue
+            except UnreadablePage as error:
+                found.unreadable.append((path.name, error))
+                continue
+            except PageError:
+                good = False
+            if good:
+                found.pages.append(entry)
+            else:
+                found.damaged.append(path)
+        return found
 
     def _run(self, statement: str, values: tuple = ()) -> list[tuple]:
         with self._index.transaction() as database:
             return database.execute(statement, values).fetchall()
 
     def _opened(self) -> sqlite3.Connection:
+        """The index, which knows of all pages, also where it had been lost."""
+        database = index.open_index(self.path, self.durable)
         try:
-            return self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            return self._rebuilt()
-
-    def _open(self) -> sqlite3.Connection:
-        index = self.path / "index.sqlite"
-        writable = os.access(self.path, os.W_OK)
-        url = f"{index.as_uri()}?mode=rwc" if writable else f"{index.as_uri()}?mode=ro&immutable=1"
-        connection = sqlite3.connect(url, PATIENCE, uri=True, check_same_thread=False)
-        try:
-            if writable:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
-                connection.executescript(TABLES)
-            # a damaged file is found out here
-            connection.execute("SELECT COUNT(*) FROM pages").fetchone()
+            if not index.is_complete(database):
+                found = self._strangers({row[0] for row in database.execute("SELECT key FROM pages")})
+                with database:
+                    index.enter(database, found.pages, anew=False)
+                    if not found.unreadable:
+                        # else those who can read them have to enter them
+                        index.complete(database)
         except BaseException:
-            connection.close()
+            database.close()
             raise
-        return connection
-
-    def _rebuilt(self) -> sqlite3.Connection:
-        """Puts a damaged index aside and makes one anew from the pages."""
-        for suffix in ("", "-wal", "-shm"):
-            path = self.path / f"index.sqlite{suffix}"
-            if path.exists():
-                path.replace(self.path / f"damaged-{os.getpid()}-index.sqlite{suffix}")
-        database = self._open()
-        with database:
-            _enter(database, self._strangers(set())[1])
         return database
-
-
-def _enter(database: sqlite3.Connection, entries: Iterable[Entry]) -> None:
-    """Has an index know of pages."""
-    rows = [
-        (
-            entry.key,
-            require_key(entry.parent),
-            int(entry.ids[0]),
-            blob_of_ids(entry.ids),
-            *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
-            *(entry.seconds, entry.information, entry.model),
-        )
-        for entry in entries
-    ]
-    database.executemany(f"INSERT OR REPLACE INTO pages VALUES ({', '.join('?' * 13)})", rows)
-
-
-def _entry_of(path: Path, secret: bytes) -> list[Entry]:
-    """The entry of a page file, in a list; empty when it is not a good one.
-
-    Raises:
-        UnreadablePage: when it is a good one for somebody else.
-    """
-    try:
-        entry = summary(path.read_bytes(), secret)
-        return [entry] if entry.key == path.name else []
-    except UnreadablePage:
-        raise
-    except (OSError, PageError):
-        return []
 
 
 def _remove_abandoned(path: Path) -> int:
     """Removes a scratch file that nobody writes any more; returns its bytes."""
     try:
-        found = path.stat()
+        age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         # its writer has just put it in its place
         return 0
-    if time.time() - found.st_mtime <= ABANDONED:
+    return _remove(path) if age > ABANDONED else 0
+
+
+def _remove(path: Path) -> int:
+    """Removes a file; returns its bytes."""
+    try:
+        size = path.stat().st_size
+        path.unlink()
+    except FileNotFoundError:
+        # somebody else has removed it since
         return 0
-    path.unlink(missing_ok=True)
-    return found.st_size
+    return size
 
 
 def _flush_folder(path: Path) -> None:

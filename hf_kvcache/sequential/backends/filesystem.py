@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_kvcache.sequential.backends import branches
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.identity import KEY, require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import MOST_TOKENS, peek, summary
@@ -106,9 +106,9 @@ class FileSystem:
             kept[name] = require_key(key)
         self.files.pipe_file(self.names, json.dumps(kept).encode())
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
+    def collect(self) -> Collected:
         """Removes objects that are not whole pages in their place."""
-        freed, unreadable = 0, []
+        freed, damaged, unreadable = 0, [], []
         for path in self._all("pages"):
             place = tuple(path.split("/")[-2:])
             try:
@@ -125,7 +125,8 @@ class FileSystem:
             if entry is None or (entry.parent, entry.key) != place:
                 self._remove(path)
                 freed += len(data)
-        return freed, unreadable
+                damaged.append(place[1])
+        return Collected(freed, damaged, unreadable)
 
     def reindex(self, entries: Sequence[Entry]) -> None:
         known: dict[str, dict[str, np.ndarray]] = {}

@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import UnreadablePage
 
 PREFIX = "hf_kvcache"
 # before an entry is changed or removed: KEYS are the entry and the sum, ARGV the bytes that the page will have
@@ -154,13 +153,13 @@ class RedisServer:
         else:
             self._client.hset(f"{PREFIX}:pins", name, require_key(key))
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
+    def collect(self) -> Collected:
         """A transaction leaves nothing behind; entries whose page the server has dropped are removed."""
         for entry in list(self.entries()):
             if not self.contains(entry.key, entry.parent):
                 self.delete(entry.key, entry.parent)
         self._recount()
-        return 0, []
+        return Collected()
 
     def reindex(self, entries: Sequence[Entry]) -> None:
         """Enters again what the server has dropped by itself."""
