@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 
 from hf_kvcache.sequential.backends import index
-from hf_kvcache.sequential.backends.backend import Collected, Entry, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.backends.connection import Connection
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
@@ -31,9 +31,8 @@ from hf_kvcache.sequential.record import summary
 
 # seconds after which a scratch file belongs to nobody
 ABANDONED = 600
-MOST_CHILDREN = 64
-
-COLUMNS = "key, parent, ids, start, codec, size, created, used, hits, seconds, information, model"
+# neighbours on each side: the nearest may be gone, or its entry damaged
+BESIDE = 2
 
 
 @dataclass
@@ -97,10 +96,15 @@ class Directory:
         return self._place(key).is_file()
 
     def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
-        rows = self._run(
-            f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
-            (parent, int(ids[0])),
-        )
+        # in the order of the bytes, what shares most lies beside the place that the ids themselves would have
+        rows = [
+            row
+            for side, order in (("<=", "DESC"), (">", "ASC"))
+            for row in self._run(
+                f"SELECT key, ids FROM pages WHERE parent = ? AND ids {side} ? ORDER BY ids {order} LIMIT {BESIDE}",
+                (parent, blob_of_ids(ids)),
+            )
+        ]
         known = [(key, ids_of_blob(blob)) for key, blob in rows]
         read = [entry.ids for key, own in known if own is None for entry in self._entry_of_page(key)]
         return [own for _, own in known if own is not None] + read
@@ -117,8 +121,8 @@ class Directory:
         self._place(key).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
-        for row in self._run(f"SELECT {COLUMNS} FROM pages ORDER BY created"):
-            named = dict(zip(COLUMNS.split(", "), row, strict=True))
+        for row in self._run(f"SELECT {index.COLUMNS} FROM pages ORDER BY created"):
+            named = dict(zip(index.COLUMNS.split(", "), row, strict=True))
             ids = ids_of_blob(named["ids"])
             if ids is None:
                 yield from self._entry_of_page(named["key"])

@@ -17,14 +17,25 @@ from hf_kvcache.sequential.identity import require_key
 PATIENCE = 60
 VERSION = 1
 
+COLUMNS = "key, parent, ids, start, codec, size, created, used, hits, seconds, information, model"
+# by `beside`, the pages behind a parent lie in the order of the bytes of their ids
 TABLES = """
 CREATE TABLE IF NOT EXISTS pages (
-    key TEXT PRIMARY KEY, parent TEXT NOT NULL, head INTEGER NOT NULL, ids BLOB NOT NULL, start INTEGER NOT NULL,
-    codec TEXT NOT NULL, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL,
-    seconds REAL NOT NULL, information REAL, model TEXT NOT NULL
+    key TEXT PRIMARY KEY, parent TEXT NOT NULL, ids BLOB NOT NULL, start INTEGER NOT NULL, codec TEXT NOT NULL,
+    size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL, seconds REAL NOT NULL,
+    information REAL, model TEXT NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS children ON pages (parent, head);
+CREATE INDEX IF NOT EXISTS beside ON pages (parent, ids);
 CREATE TABLE IF NOT EXISTS pins (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
+"""
+# for the tables of before, which had the first token in a column
+CONVERSION = f"""
+BEGIN IMMEDIATE;
+ALTER TABLE pages RENAME TO former;
+{TABLES.split(";")[0]};
+INSERT INTO pages SELECT {COLUMNS} FROM former;
+DROP TABLE former;
+COMMIT;
 """
 
 
@@ -66,7 +77,6 @@ def enter(database: sqlite3.Connection, entries: Iterable[Entry], anew: bool = T
         (
             entry.key,
             require_key(entry.parent),
-            int(entry.ids[0]),
             blob_of_ids(entry.ids),
             *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
             *(entry.seconds, entry.information, entry.model),
@@ -74,7 +84,7 @@ def enter(database: sqlite3.Connection, entries: Iterable[Entry], anew: bool = T
         for entry in entries
     ]
     otherwise = "REPLACE" if anew else "IGNORE"
-    database.executemany(f"INSERT OR {otherwise} INTO pages VALUES ({', '.join('?' * 13)})", rows)
+    database.executemany(f"INSERT OR {otherwise} INTO pages VALUES ({', '.join('?' * 12)})", rows)
 
 
 def _open(folder: Path, durable: bool) -> sqlite3.Connection:
@@ -86,6 +96,8 @@ def _open(folder: Path, durable: bool) -> sqlite3.Connection:
         if writable:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            if "head" in [column[1] for column in connection.execute("PRAGMA table_info(pages)")]:
+                connection.executescript(CONVERSION)
             connection.executescript(TABLES)
         else:
             connection.execute("PRAGMA query_only = ON")
