@@ -158,6 +158,27 @@ def test_limits_pins_and_exports(place, tmp_path):
     assert list(store.entries()) == []
 
 
+def test_pins_of_two_processes_at_once_are_both_kept(place, monkeypatch):
+    one, other = opened(place), opened(place)
+    keys = put_chain(one, chain(3))
+    names = "a/chat", "ein Gespr\u00e4ch"
+    if not place[0].startswith("redis"):
+        # the other one pins right before this one writes
+        write = one.backend.files.pipe_file
+        pinned = iter([lambda: other.pin(names[1], keys[2])])
+        monkeypatch.setattr(
+            one.backend.files, "pipe_file", lambda *args: (next(pinned, lambda: None)(), write(*args))[1]
+        )
+        one.pin(names[0], keys[1])
+    else:
+        one.pin(names[0], keys[1])
+        other.pin(names[1], keys[2])
+    assert opened(place).backend.pins() == dict(zip(names, keys[1:], strict=True))
+    for name in (names[0], names[0], "none"):
+        other.pin(name, None)
+    assert one.backend.pins() == {names[1]: keys[2]}
+
+
 @pytest.fixture
 def asked(place, monkeypatch):
     """Counts what a store asks its place in a call; listing a folder counts as much as is in it."""
