@@ -32,6 +32,7 @@ def held(store):
 def pages(store):
     found = chain(3)
     put_chain(store, found)
+    assert len(list(store.entries())) == 3
     return found
 
 
@@ -51,7 +52,7 @@ def forked(task):
 def looked_up(store, pages):
     assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:21])] == [8, 8, 5]
     # as where a process ends by itself
-    del store.backend._index
+    del store.backend._writing, store.backend._reading
 
 
 def written(store, pages):
@@ -62,15 +63,31 @@ def written(store, pages):
 def test_a_fork_while_the_writer_waits_hangs_nobody(store, pages, held):
     store.submit(partial(put_chain, store, chain(1, 1)), 1)
     time.sleep(0.5)
-    assert not store.backend._index.closed
+    assert not store.backend._writing.closed and not store.backend._reading.closed
     assert forked(partial(looked_up, store, pages))
     held.rollback()
     store.flush()
     assert store.counts.failures == 0 and len(list(store.entries())) == 4
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_who_reads_waits_for_nobody_who_writes(store, pages, held, first):
+    if first:
+        # nothing was read before
+        store.backend._reading.close()
+    store.submit(partial(put_chain, store, chain(1, 1)), 1)
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:21])] == [8, 8, 5]
+    assert len(list(store.entries())) == 3 and store.backend.total() > 0 and store.backend.pins() == {}
+    assert time.monotonic() - began < 10
+    held.rollback()
+    store.flush()
+    assert store.counts.failures == 0 and len(list(store.entries())) == 4
+
+
 def test_nothing_open_is_carried_over_a_fork(store, pages):
-    assert not store.backend._index.closed
+    assert not store.backend._writing.closed and not store.backend._reading.closed
     assert forked(partial(written, store, chain(3, 1)))
     assert None not in put_chain(store, chain(3, 2))
     assert store.verify() == (9, [])

@@ -64,7 +64,8 @@ class Directory:
 
     def __init__(self, path: str | Path, secret: bytes = b"", durable: bool = True) -> None:
         self.path, self.secret, self.durable = Path(path).absolute(), secret, durable
-        self._index = Connection(self._opened)
+        # who reads does not wait for who writes, who may wait for other processes
+        self._writing, self._reading = Connection(self._opened), Connection(self._opened_to_read)
         (self.path / "pages").mkdir(parents=True, exist_ok=True)
 
     def write(self, entry: Entry, data: bytes) -> None:
@@ -83,7 +84,7 @@ class Directory:
             raise
         if self.durable:
             _flush_folder(place.parent)
-        with self._index.transaction() as database:
+        with self._writing.transaction() as database:
             index.enter(database, [entry])
 
     def read(self, key: str, parent: str) -> bytes | None:
@@ -100,7 +101,7 @@ class Directory:
         rows = [
             row
             for side, order in (("<=", "DESC"), (">", "ASC"))
-            for row in self._run(
+            for row in self._read(
                 f"SELECT key, ids FROM pages WHERE parent = ? AND ids {side} ? ORDER BY ids {order} LIMIT {BESIDE}",
                 (parent, blob_of_ids(ids)),
             )
@@ -112,7 +113,7 @@ class Directory:
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
         rows = [(now, key) for key, _ in keys]
-        with self._index.transaction() as database:
+        with self._writing.transaction() as database:
             database.executemany("UPDATE pages SET hits = hits + 1, used = ? WHERE key = ?", rows)
 
     def delete(self, key: str, parent: str) -> None:
@@ -121,7 +122,7 @@ class Directory:
         self._place(key).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
-        for row in self._run(f"SELECT {index.COLUMNS} FROM pages ORDER BY created"):
+        for row in self._read(f"SELECT {index.COLUMNS} FROM pages ORDER BY created"):
             named = dict(zip(index.COLUMNS.split(", "), row, strict=True))
             ids = ids_of_blob(named["ids"])
             if ids is None:
@@ -130,10 +131,10 @@ class Directory:
                 yield Entry(**{**named, "ids": ids})
 
     def total(self) -> int:
-        return int(self._run("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
+        return int(self._read("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
 
     def pins(self) -> dict[str, str]:
-        return dict(self._run("SELECT name, key FROM pins"))
+        return dict(self._read("SELECT name, key FROM pins"))
 
     def pin(self, name: str, key: str | None) -> None:
         if key is None:
@@ -145,11 +146,11 @@ class Directory:
         """Removes scratch files that nobody writes any more and files that are no pages; enters pages that the index
         does not know."""
         freed = sum(_remove_abandoned(path) for path in (self.path / "pages").glob("*/.*"))
-        known = {row[0] for row in self._run("SELECT key FROM pages")}
+        known = {row[0] for row in self._read("SELECT key FROM pages")}
         found = self._strangers(known)
         for path in found.damaged:
             freed += _remove(path)
-        with self._index.transaction() as database:
+        with self._writing.transaction() as database:
             index.enter(database, found.pages, anew=False)
         for key in known:
             if not self._place(key).exists():
@@ -160,7 +161,8 @@ class Directory:
         """What `collect` enters and `delete` removes, `nearest` finds."""
 
     def close(self) -> None:
-        self._index.close()
+        self._writing.close()
+        self._reading.close()
 
     def _place(self, key: str) -> Path:
         return self.path / "pages" / require_key(key)[:2] / key
@@ -201,7 +203,11 @@ class Directory:
         return found
 
     def _run(self, statement: str, values: tuple = ()) -> list[tuple]:
-        with self._index.transaction() as database:
+        with self._writing.transaction() as database:
+            return database.execute(statement, values).fetchall()
+
+    def _read(self, statement: str, values: tuple = ()) -> list[tuple]:
+        with self._reading.transaction() as database:
             return database.execute(statement, values).fetchall()
 
     def _opened(self) -> sqlite3.Connection:
@@ -219,6 +225,13 @@ class Directory:
             database.close()
             raise
         return database
+
+    def _opened_to_read(self) -> sqlite3.Connection:
+        if self._writing.closed:
+            # which makes the index where it has to be made
+            with self._writing.transaction():
+                pass
+        return index.open_index(self.path, self.durable)
 
 
 def _remove_abandoned(path: Path) -> int:
