@@ -18,7 +18,7 @@ import numpy as np
 from hf_kvcache.sequential import eviction, record
 from hf_kvcache.sequential.backends import Backend, Collected, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, common_prefix, page_key
-from hf_kvcache.sequential.limit import Limit, shrink
+from hf_kvcache.sequential.limit import Limit, removable, remove
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
 from hf_kvcache.sequential.writer import Writer
@@ -74,7 +74,7 @@ class PrefixStore:
         url: a folder, or any URL of fsspec (`s3://bucket/folder`) or Redis (`redis://host:6379/0`).
         page_size: tokens of a page.
         limit_bytes: keep the store below this; None for no limit. Pages that are pinned or of another secret count, and
-            are not removed.
+            are not removed. Of several processes that write at once, each can exceed it by a hundredth.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
         secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
         options: for the driver: `durable` of a folder, those of fsspec's file system (`endpoint_url`, `profile`, ...),
@@ -299,9 +299,9 @@ class PrefixStore:
         for entry in gone:
             self.backend.delete(entry.key, entry.parent)
         if limit_bytes is not None:
-            gone += shrink(self.backend, limit_bytes)
-        elif self.limit_bytes is not None:
-            gone += shrink(self.backend, self.limit_bytes, wholly=True)
+            gone += remove(self.backend, removable(self.backend), self.backend.total() - limit_bytes)
+        elif self._limit is not None:
+            gone += self._limit.free()
         keys = {entry.key for entry in gone}
         self.backend.reindex([entry for entry in entries if entry.key not in keys])
         return found.freed + sum(entry.size for entry in gone)

@@ -1,10 +1,13 @@
 """What a store removes: above a limit what is worth least, and nothing that is pinned."""
 
+import time
+
 import numpy as np
 import pytest
 
 from hf_kvcache.sequential import eviction
 from hf_kvcache.sequential.backends import Entry
+from hf_kvcache.sequential.limit import Limit
 from hf_kvcache.sequential.store import PrefixStore
 from hf_kvcache.sequential.trials import IDENTITY, chain, ids_of, put_chain, restored
 
@@ -75,6 +78,70 @@ def test_a_limit_that_pins_fill_is_said(tmp_path):
         with pytest.warns(RuntimeWarning, match="too many are pinned"):
             assert put_chain(store, chain(1, 2)) == [None]
         assert sorted(entry.key for entry in store.entries()) == sorted(first + second)
+
+
+class Shelf:
+    """A place that counts what it is asked."""
+
+    def __init__(self):
+        self.pages, self.pinned, self.scans, self.sums = {}, set(), 0, 0
+
+    def write(self, limit, size=1000):
+        """Stores a page where a limit has room for it."""
+        if not limit.make_room(size):
+            key = f"{len(self.pages)}/{time.monotonic_ns()}"
+            self.pages[key] = Entry(key, "", np.zeros(1, np.uint32), 0, "lossless", size, time.time())
+        return sum(entry.size for entry in self.pages.values())
+
+    def entries(self):
+        self.scans += 1
+        return iter(list(self.pages.values()))
+
+    def total(self):
+        self.sums += 1
+        return sum(entry.size for entry in self.pages.values())
+
+    def pins(self):
+        return {key: key for key in self.pinned}
+
+    def delete(self, key, parent):
+        del self.pages[key]
+
+
+def test_at_a_limit_pages_are_written_without_looking_at_all_others():
+    shelf = Shelf()
+    limit, most = Limit(shelf, 500_000), 0
+    for _ in range(1000):
+        most = max(most, shelf.write(limit))
+    assert most <= limit.most and len(shelf.pages) >= 0.9 * 500
+    # a tenth goes at once, a hundredth is written unseen
+    assert shelf.scans <= 12 and shelf.sums <= 1000 / 5 + 3 * 12
+
+
+def test_a_limit_counts_what_others_write():
+    shelf, most = Shelf(), 0
+    limits = [Limit(shelf, 500_000) for _ in range(3)]
+    for index in range(1500):
+        most = max(most, shelf.write(limits[index % 3]))
+    assert most <= 1.03 * 500_000 and len(shelf.pages) >= 0.9 * 500
+
+
+def test_where_there_is_no_room_it_is_not_searched_for_with_every_page(monkeypatch):
+    shelf, now = Shelf(), 0.0
+    monkeypatch.setattr("hf_kvcache.sequential.limit.time.monotonic", lambda: now)
+    limit = Limit(shelf, 10_000)
+    for _ in range(10):
+        shelf.write(limit)
+    shelf.pinned, shelf.scans = set(shelf.pages), 0
+    for _ in range(5):
+        assert "pinned" in limit.make_room(1000)
+    assert shelf.scans == 1 and len(shelf.pages) == 10
+    # a page that fits is stored, and later there may be room
+    del shelf.pages[min(shelf.pages)]
+    assert shelf.write(limit) == 10_000 and shelf.scans == 1
+    shelf.pinned.clear()
+    now = 11.0
+    assert limit.make_room(1000) == "" and len(shelf.pages) == 9
 
 
 def test_worth_follows_time_bytes_and_reuse():
