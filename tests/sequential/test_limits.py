@@ -158,3 +158,32 @@ def test_worth_follows_time_bytes_and_reuse():
     assert likely == pytest.approx(2**9 * plain)
     used = [eviction.worth(entry(information=bits, hits=20), 10.0) for bits in (1.0, 10.0, None)]
     assert used[0] / used[2] == pytest.approx(1, rel=0.03)
+
+
+def entry_of(ids, parent="root"):
+    ids = np.array(ids, np.uint32)
+    return Entry(f"{parent}/{list(ids)}", parent, ids, 0, "lossless", 100, 0.0)
+
+
+def test_tails_are_needless_where_a_longer_page_begins_with_them():
+    """As found by comparing each with each, also where ids order otherwise than their bytes."""
+    choose, letters = np.random.default_rng(0), [1, 256, 257]
+    texts = {(parent, tuple(choose.choice(letters, choose.integers(1, 5)))) for parent in "ab" for _ in range(60)}
+    entries = [entry_of(ids, parent) for parent, ids in sorted(texts)]
+    expected = {
+        entry.key
+        for entry in entries
+        for other in entries
+        if len(entry.ids) < 4 and entry.parent == other.parent and len(other.ids) > len(entry.ids)
+        if (other.ids[: len(entry.ids)] == entry.ids).all()
+    }
+    assert {entry.key for entry in eviction.needless(entries, (), 4)} == expected and expected
+    assert {entry.key for entry in eviction.needless(entries, {min(expected)}, 4)} == expected - {min(expected)}
+
+
+def test_tails_are_not_compared_each_with_each():
+    entries = [entry_of([7, index // 256, index % 256]) for index in range(20000)]
+    began = time.perf_counter()
+    assert list(eviction.needless(entries, (), 8)) == []
+    # minutes, each with each
+    assert time.perf_counter() - began < 10
