@@ -28,7 +28,6 @@ class Connection:
     def __init__(self, opened: Callable[[], sqlite3.Connection]) -> None:
         self._opened = opened
         self._lock = threading.RLock()
-        self._held = False
         self._database: sqlite3.Connection | None = None
         CONNECTIONS.add(self)
 
@@ -53,16 +52,16 @@ class Connection:
                 self._database.close()
             self._database = None
 
-    def before_fork(self) -> None:
-        """Closes it, unless a statement takes too long: that may wait for another process."""
-        self._held = self._lock.acquire(timeout=PATIENCE)
-        if self._held:
+    def before_fork(self) -> bool:
+        """Closes it and keeps others from it; False where a statement takes too long, which may wait for a process."""
+        held = self._lock.acquire(timeout=PATIENCE)
+        if held:
             self.close()
+        return held
 
     def after_fork(self) -> None:
-        """Goes on in the process that forked."""
-        if self._held:
-            self._lock.release()
+        """Goes on in the process that forked, where `before_fork` was true."""
+        self._lock.release()
 
     def in_child(self) -> None:
         """Begins anew in the child."""
@@ -74,26 +73,30 @@ class Connection:
 
 
 CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()
-_forking: list[Connection] = []
 
 
-def _before_fork() -> None:
-    _forking[:] = CONNECTIONS
-    for connection in _forking:
-        connection.before_fork()
+class Fork(threading.local):
+    """What a thread has to undo after its fork; others may fork at the same time."""
 
+    def __init__(self) -> None:
+        self.connections: list[Connection] = []
+        self.held: list[Connection] = []
 
-def _after_fork() -> None:
-    for connection in _forking:
-        connection.after_fork()
-    _forking.clear()
+    def before(self) -> None:
+        self.connections = list(CONNECTIONS)
+        self.held = [connection for connection in self.connections if connection.before_fork()]
 
+    def after(self) -> None:
+        for connection in self.held:
+            connection.after_fork()
+        self.connections, self.held = [], []
 
-def _in_child() -> None:
-    for connection in _forking:
-        connection.in_child()
-    _forking.clear()
+    def in_child(self) -> None:
+        for connection in self.connections:
+            connection.in_child()
+        self.connections, self.held = [], []
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
+    _fork = Fork()
+    os.register_at_fork(before=_fork.before, after_in_parent=_fork.after, after_in_child=_fork.in_child)
