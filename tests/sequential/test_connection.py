@@ -64,7 +64,8 @@ def forked(task):
 
 def looked_up(store, pages):
     assert [match.length for match in store.match(IDENTITY, ids_of(pages)[:21])] == [8, 8, 5]
-    # as where a process ends by itself
+    # and as where a process ends by itself
+    store.close()
     del store.backend._writing, store.backend._reading
 
 
