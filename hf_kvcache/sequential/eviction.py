@@ -8,9 +8,11 @@ age plus a prior age. After a few hits the counts decide; the model's prior on a
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 from hf_kvcache.sequential.backends import Entry
+from hf_kvcache.sequential.backends.backend import blob_of_ids
 
 # the prior: this many hits, over this many seconds
 PRIOR_HITS, PRIOR_SECONDS = 1.0, 3600.0
@@ -56,17 +58,25 @@ def cheapest(entries: Sequence[Entry], pinned: Collection[str], now: float) -> I
 
 def needless(entries: Sequence[Entry], pinned: Collection[str], page_size: int) -> Iterator[Entry]:
     """Tails that a longer page with the same beginning stands for, and pages whose predecessors are gone."""
-    beside: dict[str, list[Entry]] = {}
-    for entry in entries:
-        beside.setdefault(entry.parent, []).append(entry)
+    longer = _begun(entries)
     reached: set[str] = set()
     for entry in sorted(entries, key=lambda entry: entry.start):
         if entry.start == 0 or entry.parent in reached:
             reached.add(entry.key)
     for entry in entries:
-        longer = len(entry.ids) < page_size and any(
-            len(other.ids) > len(entry.ids) and bool((other.ids[: len(entry.ids)] == entry.ids).all())
-            for other in beside[entry.parent]
-        )
-        if entry.key not in pinned and (longer or entry.key not in reached):
+        tail = len(entry.ids) < page_size and entry.key in longer
+        if entry.key not in pinned and (tail or entry.key not in reached):
             yield entry
+
+
+def _begun(entries: Iterable[Entry]) -> set[str]:
+    """Keys of pages with whose ids a longer one behind the same parent begins.
+
+    In the order of the bytes, all that begin with a page come right after it.
+    """
+    ordered = sorted((entry.parent, blob_of_ids(entry.ids), entry.key) for entry in entries)
+    return {
+        key
+        for (parent, ids, key), (other, after, _) in pairwise(ordered)
+        if parent == other and len(after) > len(ids) and after.startswith(ids)
+    }

@@ -86,7 +86,7 @@ def load(
 
     Raises:
         PageError: for anything but a whole, undamaged page of this format; the kind `UnreadablePage` where the page is
-            whole.
+            whole, and where there is no memory for it.
     """
     data = memoryview(data)
     header, body = _frame(data, secret)
@@ -99,7 +99,10 @@ def load(
         if stored > len(body) - offset or total > limit:
             raise PageError(f"section {name!r} of a page says {stored} bytes, {length} decoded: more than there may be")
         if wanted:
-            sections[name] = packing.decompress(coding, body[offset : offset + stored], length)
+            try:
+                sections[name] = packing.decompress(coding, body[offset : offset + stored], length)
+            except MemoryError as error:
+                raise UnreadablePage(f"there is no memory for {length} bytes of a page ({error})") from error
         offset += stored
     if offset != len(body):
         raise PageError(f"a page has {len(body) - offset} bytes that belong to no section")

@@ -92,7 +92,15 @@ def peek(data: bytes, size: int) -> Entry:
     return Entry.of_header(dict(file.description), _ids(file), size)
 
 
-def read(data: bytes, key: str, parent: str, codecs: dict[str, PageCodec], context: Context, secret: bytes) -> Page:
+def read(
+    data: bytes,
+    key: str,
+    parent: str,
+    codecs: dict[str, PageCodec],
+    context: Context,
+    secret: bytes,
+    most_tokens: int = MOST_TOKENS,
+) -> Page:
     """Decodes a page.
 
     Args:
@@ -101,12 +109,13 @@ def read(data: bytes, key: str, parent: str, codecs: dict[str, PageCodec], conte
         codecs: that may have written it, by name.
         context: of the model that asks.
         secret: of the store.
+        most_tokens: that the page may have. A page of a few bytes that says more takes the memory of so many.
 
     Raises:
         PageError: for a page that is damaged, another one than asked for, or does not fit the model.
     """
     token = 2 * context.geometry.token_bytes + 4
-    file = pagefile.load(data, secret, lambda header: _checked(header)["tokens"] * token + SLACK)
+    file = pagefile.load(data, secret, lambda header: _checked(header, most_tokens)["tokens"] * token + SLACK)
     header, ids = file.description, _ids(file)
     if (header["key"], header["parent"]) != (key, parent) or page_key(parent, ids) != key:
         raise PageError(f"expected the page {key[:16]} behind {parent[:16]}, the file holds another one")
@@ -132,15 +141,17 @@ def _most_ids(header: dict[str, Any]) -> int:
     return 4 * _checked(header)["tokens"]
 
 
-def _checked(header: dict[str, Any]) -> dict[str, Any]:
+def _checked(header: dict[str, Any], most_tokens: int = MOST_TOKENS) -> dict[str, Any]:
     """The header, when every field has its type and a possible value."""
     for name, types in FIELDS.items():
         if name not in header or type(header[name]) not in types:
             raise PageError(f"the header of a page has {name}={str(header.get(name))[:40]!r}, which cannot be")
     keys = all(KEY.fullmatch(header[name]) for name in ("key", "parent"))
     numbers = [header[name] for name in ("created", "seconds", "information") if header[name] is not None]
-    if not keys or not 0 < header["tokens"] <= MOST_TOKENS or not 0 <= header["start"] < 1 << 31:
-        raise PageError("the header of a page has a key, a length or a position that cannot be")
+    if not keys or not 0 <= header["start"] < 1 << 31:
+        raise PageError("the header of a page has a key or a position that cannot be")
+    if not 0 < header["tokens"] <= most_tokens:
+        raise PageError(f"a page has 1 to {most_tokens} tokens here, this one says {header['tokens']}")
     if not all(abs(number) < MOST for number in numbers):
         raise PageError("the header of a page has a time or an information that cannot be")
     return header

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from hf_kvcache.sequential import eviction, record
-from hf_kvcache.sequential.backends import Backend, Entry, open_backend
+from hf_kvcache.sequential.backends import Backend, Collected, Entry, open_backend
 from hf_kvcache.sequential.identity import Identity, page_key
+from hf_kvcache.sequential.limit import Limit, removable, remove
 from hf_kvcache.sequential.lookup import Match, extend
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Page, PageCodec
@@ -58,7 +59,8 @@ class PrefixStore:
     Args:
         url: a folder, or any URL of fsspec (`s3://bucket/folder`) or Redis (`redis://host:6379/0`).
         page_size: tokens of a page.
-        limit_bytes: keep the store below this; None for no limit.
+        limit_bytes: keep the store below this; None for no limit. Pages that are pinned or of another secret count, and
+            are not removed. Of several processes that write at once, each can exceed it by a hundredth.
         namespace: of a tenant. Its prefixes are matched by nobody else's.
         secret: up to 64 bytes; pages are signed with it, and all others are neither found nor read.
         options: for the driver: `durable` of a folder, those of fsspec's file system (`endpoint_url`, `profile`, ...),
@@ -89,6 +91,7 @@ class PrefixStore:
         self.namespace, self.secret, self.options = namespace, secret, dict(options or {})
         self.counts, self.rates = Counts(), PrefillRates()
         self.backend: Backend = open_backend(self.url, secret, self.options)
+        self._limit = None if limit_bytes is None else Limit(self.backend, limit_bytes)
         self._said: set[str] = set()
         self._writer = Writer(self._failed)
         # of a store that nobody closes; at exit the system does, after all that waits has been written
@@ -142,7 +145,7 @@ class PrefixStore:
             try:
                 if data is not None:
                     self.counts.read_bytes += len(data)
-                    page = record.read(data, match.key, match.parent, codecs, context, self.secret)
+                    page = record.read(data, match.key, match.parent, codecs, context, self.secret, self.page_size)
             except UnreadablePage as error:
                 self._unreadable(match.key, error)
             except PageError as error:
@@ -181,7 +184,7 @@ class PrefixStore:
             now = time.time()
             entry = Entry(key, parent, page.ids, page.start, codec.name, 0, now, now, **known)
             written = record.write(page, codec, context, entry, self.secret)
-            if self.limit_bytes is None or self._make_room(written.entry.size, keep=parent):
+            if self._make_room(written.entry.size, keep=parent):
                 self.backend.write(written.entry, written.data)
                 self.counts.written_pages += 1
                 self.counts.written_bytes += written.entry.size
@@ -260,8 +263,7 @@ class PrefixStore:
 
         Pages that are whole and cannot be read here are left, and counted in `counts.unreadable_pages`.
         """
-        self._collect()
-        whole, damaged = 0, []
+        whole, damaged = 0, list(self._collect().damaged)
         for entry in list(self.backend.entries()):
             data = self.backend.read(entry.key, entry.parent)
             if data is None:
@@ -283,18 +285,25 @@ class PrefixStore:
 
     def gc(self, limit_bytes: int | None = None) -> int:
         """Removes what interrupted writes left, pages that nothing leads to, tails that a longer page has made needless
-        and, above a limit, what is worth least. Returns the bytes freed."""
-        freed, unreadable = self._collect()
+        and, above a limit, what is worth least. Returns the bytes freed.
+
+        Args:
+            limit_bytes: to come as near to as pins allow. None for the limit of the store, for which nothing is removed
+                where that would not be enough.
+        """
+        found = self._collect()
         entries, pinned = list(self.backend.entries()), set(self.backend.pins().values())
         # what stands behind a page that nobody here can read is not lost
-        gone = [] if unreadable else list(eviction.needless(entries, pinned, self.page_size))
+        gone = [] if found.unreadable else list(eviction.needless(entries, pinned, self.page_size))
         for entry in gone:
             self.backend.delete(entry.key, entry.parent)
-        limit = self.limit_bytes if limit_bytes is None else limit_bytes
-        gone += [] if limit is None else self._shrink(limit, set())
+        if limit_bytes is not None:
+            gone += remove(self.backend, removable(self.backend), self.backend.total() - limit_bytes)
+        elif self._limit is not None:
+            gone += self._limit.free()
         keys = {entry.key for entry in gone}
         self.backend.reindex([entry for entry in entries if entry.key not in keys])
-        return freed + sum(entry.size for entry in gone)
+        return found.freed + sum(entry.size for entry in gone)
 
     def pin(self, name: str, key: str | None) -> None:
         """Makes a name hold on to a page and all before it, so that no limit removes them; None lets go."""
@@ -308,38 +317,18 @@ class PrefixStore:
         return self
 
     def _make_room(self, size: int, keep: str) -> bool:
-        """Brings the store to its limit, with room for `size` bytes; False when that cannot be."""
-        assert self.limit_bytes is not None
-        if size > self.limit_bytes:
-            text = f"limit_bytes={self.limit_bytes} is smaller than one page of {size} bytes; nothing can be stored"
-            self._say("limit", text)
-            return False
-        if self.backend.total() + size > self.limit_bytes:
-            self._shrink(self.limit_bytes - size, {keep})
-        return self.backend.total() + size <= self.limit_bytes
+        """Keeps the store below its limit with `size` more bytes; False when that cannot be."""
+        problem = "" if self._limit is None else self._limit.make_room(size, {keep})
+        if problem:
+            self._say("limit", problem)
+        return not problem
 
-    def _shrink(self, limit: int, keep: set[str]) -> list[Entry]:
-        """Removes the pages that are worth least until `limit` bytes are left; returns them."""
-        gone: list[Entry] = []
-        excess = self.backend.total() - limit
-        if excess <= 0:
-            return gone
-        pinned = set(self.backend.pins().values()) | keep
-        for entry in eviction.cheapest(list(self.backend.entries()), pinned, time.time()):
-            if excess <= 0:
-                break
-            self.backend.delete(entry.key, entry.parent)
-            excess -= entry.size
-            gone.append(entry)
-        return gone
-
-    def _collect(self) -> tuple[int, int]:
-        """Has the place clean up: bytes freed, and how many pages of which it knows no more than a name are whole and
-        cannot be read here."""
-        freed, unreadable = self.backend.collect()
-        for key, error in unreadable:
+    def _collect(self) -> Collected:
+        """Has the place clean up, and counts what is there and cannot be read here."""
+        found = self.backend.collect()
+        for key, error in found.unreadable:
             self._unreadable(key, error)
-        return freed, len(unreadable)
+        return found
 
     def _unreadable(self, key: str, error: UnreadablePage) -> None:
         """Counts a page that is left as it is."""

@@ -25,7 +25,7 @@ def store_of(model):
 
 
 def closed(store):
-    return store.backend._connection is None and store._writer._thread is None
+    return store.backend._writing.closed and store.backend._reading.closed and store._writer._thread is None
 
 
 def lengths(folder):

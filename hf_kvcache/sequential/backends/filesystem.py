@@ -2,7 +2,7 @@
 
     <url>/pages/<parent>/<key>     one object a page
     <url>/branches/...             which pages begin alike, see `branches`
-    <url>/pins                     names and the keys that they hold on to
+    <url>/pins/<sha256 of a name>  the name, and the key that it holds on to
 
 An object is written whole or not at all, which is what S3 and the like promise, and two writers of one page write the
 same. To look a prompt up, objects are asked for by name and nothing is listed, since a list takes as long as it is.
@@ -12,6 +12,7 @@ Hits are not counted there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_kvcache.sequential.backends import branches
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
 from hf_kvcache.sequential.identity import KEY, require_key
 from hf_kvcache.sequential.packing import PageError, UnreadablePage
 from hf_kvcache.sequential.record import MOST_TOKENS, peek, summary
@@ -53,7 +54,6 @@ class FileSystem:
         except ImportError as error:
             raise ModuleNotFoundError(f"the store {url} needs a driver that is not installed: {error}") from None
         self.folder = folder.rstrip("/")
-        self.names = f"{self.folder}/pins"
 
     def write(self, entry: Entry, data: bytes) -> None:
         self._put(self._path("pages", entry.parent, entry.key), data)
@@ -95,20 +95,25 @@ class FileSystem:
         return sum(int(info["size"]) for info in self._all("pages", detail=True).values())
 
     def pins(self) -> dict[str, str]:
-        try:
-            return dict(json.loads(self.files.cat_file(self.names)))
-        except FileNotFoundError:
-            return {}
+        found = {}
+        for path in self._all("pins"):
+            # one that is let go of meanwhile is none
+            with contextlib.suppress(FileNotFoundError):
+                pinned = json.loads(self.files.cat_file(path))
+                found[pinned["name"]] = pinned["key"]
+        return found
 
     def pin(self, name: str, key: str | None) -> None:
-        kept = {other: held for other, held in self.pins().items() if other != name}
-        if key is not None:
-            kept[name] = require_key(key)
-        self.files.pipe_file(self.names, json.dumps(kept).encode())
+        # an object each: of one that held them all, two processes at once would lose what the other wrote
+        path = f"{self.folder}/pins/{hashlib.sha256(name.encode()).hexdigest()}"
+        if key is None:
+            self._remove(path)
+        else:
+            self._put(path, json.dumps({"name": name, "key": require_key(key)}).encode())
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
+    def collect(self) -> Collected:
         """Removes objects that are not whole pages in their place."""
-        freed, unreadable = 0, []
+        freed, damaged, unreadable = 0, [], []
         for path in self._all("pages"):
             place = tuple(path.split("/")[-2:])
             try:
@@ -125,7 +130,8 @@ class FileSystem:
             if entry is None or (entry.parent, entry.key) != place:
                 self._remove(path)
                 freed += len(data)
-        return freed, unreadable
+                damaged.append(place[1])
+        return Collected(freed, damaged, unreadable)
 
     def reindex(self, entries: Sequence[Entry]) -> None:
         known: dict[str, dict[str, np.ndarray]] = {}

@@ -7,8 +7,8 @@
     hf_kvcache:pins              names and the keys that they hold on to, a hash
     hf_kvcache:bytes             of all pages, a number
 
-One page is one transaction, which keeps the sum of the bytes too. What the server drops by itself is taken off that sum
-when the store is collected.
+One page is one transaction, which keeps the sum of the bytes too. What the server drops by itself (`maxmemory`) is
+taken off that sum when the store is collected, and what else is there of the page is removed.
 
 In a sorted set whose scores are all equal, members lie in the order of their bytes. So of all pages behind a parent,
 the one that shares most with a prompt lies right before or right behind the place that the prompt itself would have.
@@ -19,15 +19,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from hf_kvcache.sequential.backends.backend import Entry, blob_of_ids, ids_of_blob
-from hf_kvcache.sequential.identity import require_key
-from hf_kvcache.sequential.packing import UnreadablePage
+from hf_kvcache.sequential.backends.backend import Collected, Entry, blob_of_ids, ids_of_blob
+from hf_kvcache.sequential.identity import page_key, require_key
 
 PREFIX = "hf_kvcache"
+# scripts that are sent to the server in one go
+AT_ONCE = 1000
 # before an entry is changed or removed: KEYS are the entry and the sum, ARGV the bytes that the page will have
 RESIZE = """
 local old = redis.call('HGET', KEYS[1], 'size') or 0
@@ -37,6 +39,30 @@ return redis.call('INCRBY', KEYS[2], ARGV[1] - old)
 FORGET = """
 local ids = redis.call('HGET', KEYS[1], 'ids')
 if ids then redis.call('ZREM', KEYS[2], ids) end
+"""
+# KEYS is the entry, ARGV the time; of a page that has gone nothing is to be left
+COUNT = """
+if redis.call('HEXISTS', KEYS[1], 'known') == 0 then return 0 end
+redis.call('HINCRBY', KEYS[1], 'hits', 1)
+return redis.call('HSET', KEYS[1], 'used', ARGV[1])
+"""
+# KEYS are the page, the entry and all keys, ARGV the key and what the names of pages behind a parent begin with;
+# returns the bytes of a page that is removed because its entry has gone
+MEND = """
+local there, bytes = redis.call('HEXISTS', KEYS[2], 'known'), redis.call('STRLEN', KEYS[1])
+if there == 1 and bytes > 0 then
+    redis.call('SADD', KEYS[3], ARGV[1])
+    return 0
+end
+local parent, ids = unpack(redis.call('HMGET', KEYS[2], 'parent', 'ids'))
+if parent and ids then redis.call('ZREM', ARGV[2] .. parent, ids) end
+redis.call('DEL', KEYS[1], KEYS[2])
+redis.call('SREM', KEYS[3], ARGV[1])
+return bytes
+"""
+# KEYS are what is behind a parent and a page there, ARGV the ids of the page
+PRUNE = """
+if redis.call('EXISTS', KEYS[2]) == 0 then redis.call('ZREM', KEYS[1], ARGV[1]) end
 """
 # KEYS are all keys and the sum, ARGV what the names of entries begin with
 RECOUNT = """
@@ -114,8 +140,7 @@ class RedisServer:
     def used(self, keys: Iterable[tuple[str, str]]) -> None:
         with self._client.pipeline(transaction=False) as pipeline:
             for key, _ in keys:
-                pipeline.hincrby(f"{PREFIX}:entry:{key}", "hits", 1)
-                pipeline.hset(f"{PREFIX}:entry:{key}", "used", time.time())
+                pipeline.eval(COUNT, 1, f"{PREFIX}:entry:{key}", time.time())
             pipeline.execute()
 
     def delete(self, key: str, parent: str) -> None:
@@ -154,20 +179,43 @@ class RedisServer:
         else:
             self._client.hset(f"{PREFIX}:pins", name, require_key(key))
 
-    def collect(self) -> tuple[int, list[tuple[str, UnreadablePage]]]:
-        """A transaction leaves nothing behind; entries whose page the server has dropped are removed."""
-        for entry in list(self.entries()):
-            if not self.contains(entry.key, entry.parent):
-                self.delete(entry.key, entry.parent)
+    def collect(self) -> Collected:
+        """A transaction leaves nothing behind; but the server may have dropped pages, or what is known of them."""
+        keys = {key.decode() for key in self._client.sscan_iter(f"{PREFIX}:all")}
+        for kind in ("page", "entry"):
+            # also where the set of all keys was dropped
+            keys |= {name.decode().rpartition(":")[2] for name in self._client.scan_iter(f"{PREFIX}:{kind}:*", 1000)}
+        after = f"{PREFIX}:after:"
+        freed = self._each(
+            (MEND, 3, f"{PREFIX}:page:{key}", f"{PREFIX}:entry:{key}", f"{PREFIX}:all", key, after) for key in keys
+        )
         self._recount()
-        return 0, []
+        return Collected(sum(freed))
 
     def reindex(self, entries: Sequence[Entry]) -> None:
-        """Enters again what the server has dropped by itself."""
+        """Enters again what the server has dropped by itself, and removes what leads to pages that have gone."""
         with self._client.pipeline(transaction=False) as pipeline:
             for entry in entries:
                 pipeline.zadd(f"{PREFIX}:after:{entry.parent}", {blob_of_ids(entry.ids): 0})
             pipeline.execute()
+        for name in self._client.scan_iter(f"{PREFIX}:after:*", 1000):
+            parent = name.decode().rpartition(":")[2]
+            members = (blob for blob, _ in self._client.zscan_iter(name, count=1000))
+            known = ((blob, ids_of_blob(blob)) for blob in members)
+            self._each(
+                (PRUNE, 2, name, f"{PREFIX}:page:{'' if ids is None else page_key(parent, ids)}", blob)
+                for blob, ids in known
+            )
+
+    def _each(self, scripts: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """What scripts return, each with its keys and arguments; so many are sent at once."""
+        results, waiting = [], iter(scripts)
+        while some := list(islice(waiting, AT_ONCE)):
+            with self._client.pipeline(transaction=False) as pipeline:
+                for script in some:
+                    pipeline.eval(*script)
+                results += pipeline.execute()
+        return results
 
     def _recount(self) -> int:
         """Adds up the bytes of all pages anew."""
