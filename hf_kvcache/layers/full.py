@@ -310,6 +310,10 @@ class KVCacheLayer(OwnLayer):
         if judge is not None:
             carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in judge.carried}
             self.segments = [segment.expanded() for segment in self.segments]
+        elif len(self.segments) > 1:
+            # beams have diverged behind the prompt, which stays shared: rows that none of them reads any more go, and
+            # what is sealed now can be joined
+            self.segments[-1] = self.segments[-1].expanded()
         last = self.segments[-1]
         like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
