@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from hf_kvcache.autocast import without_autocast
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import KVCacheLayer, SlidingLayer, StateLayer
+from hf_kvcache.tail import Tail
 
 # token ids [B, L], mask [B, seen + L] or None, positions [B, L] -> runs the decoder on the cache
 RunDecoder = Callable[[Tensor, "Tensor | None", Tensor], None]
@@ -108,5 +110,5 @@ def _replaying(cache: KVCache, layers: list[KVCacheLayer], rows: list[int], star
 
 
 def _contents(layer: SlidingLayer | StateLayer) -> dict[str, object]:
-    """The attributes of a layer, and copies of its dictionaries."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in layer.__dict__.items()}
+    """The attributes of a layer, and copies of its dictionaries and its tail; what comes is written behind those."""
+    return {name: copy(value) if isinstance(value, (dict, Tail)) else value for name, value in layer.__dict__.items()}

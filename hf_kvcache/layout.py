@@ -186,8 +186,8 @@ class Layout:
         if not parts:
             return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
         outs, lses = (torch.cat(part) for part in zip(*parts, strict=True))
-        out, lse = merge_partials(outs, lses, plan.owned[:, : len(lses)])
-        return out.view(query.shape), lse.view(query.shape[:-1])
+        out, lse = merge_partials(outs, lses, plan.part_owner[: len(lses)], self.rows * self.heads + 1)
+        return out[:-1].view(query.shape), lse[:-1].view(query.shape[:-1])
 
     def work(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The stretches of all runs, for a kernel that takes runs of unequal length: (work, parts)."""
@@ -227,10 +227,8 @@ class Layout:
             rests.append((start, mask.to(device), heads[None].to(device)))
             start += len(owner)
             if len(owner):
-                part_owner.append(torch.where(rest[heads] > 0, heads, -1))
-        owned = torch.cat([*part_owner, run]) != run[:, None]
-        owned = torch.zeros(owned.shape).masked_fill_(owned, -torch.inf)
-        return _Plan(block_owner.to(device), rests, owned.to(device))
+                part_owner.append(torch.where(rest[heads] > 0, heads, len(run)))
+        return _Plan(block_owner.to(device), rests, torch.cat([*part_owner, run]).to(device))
 
 
 @dataclass(frozen=True)
@@ -241,13 +239,13 @@ class _Plan:
         block_owner: the run of every full block.
         rests: for every row the first entry of its remainders, whose they are, as a mask `[1, H_kv, 1, entries]` of 0
             and -inf, and the row's runs `[1, H_kv]`.
-        owned: for every run which of all partial results are its own, `[runs, partial results]`, 0 or -inf.
+        part_owner: the run of every partial result; the number of runs for one that is nobody's.
     """
 
     block_owner: Tensor
     rests: list[tuple[int, Tensor, Tensor]]
-    owned: Tensor
+    part_owner: Tensor
 
     def tensors(self) -> list[Tensor]:
         """Everything kept."""
-        return [self.block_owner, self.owned, *(tensor for _, *tensors in self.rests for tensor in tensors)]
+        return [self.block_owner, self.part_owner, *(tensor for _, *tensors in self.rests for tensor in tensors)]

@@ -171,7 +171,7 @@ def _stored(layer: KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer) -> 
         return ()
     heads = layer.entry[0]
     if isinstance(layer, SlidingLayer):
-        return (float(layer.keys.shape[2]),) * heads
+        return (float(layer.tail.length),) * heads
     kept = [float(layer.tail.length)] * heads
     for segment in layer.segments:
         for head in range(heads):
@@ -184,7 +184,7 @@ def _positions(layer: KVCacheLayer | SlidingLayer | StateLayer | ConsumerLayer, 
         return ()
     heads = layer.entry[0]
     if isinstance(layer, SlidingLayer):
-        return (torch.arange(layer.seen - layer.keys.shape[2], layer.seen),) * heads
+        return (torch.arange(layer.seen - layer.tail.length, layer.seen),) * heads
     # what no segment covers is dense
     dense = torch.arange(sum(segment.seen for segment in layer.segments), layer.seen)
     found: list[list[Tensor]] = [[] for _ in range(heads)]

@@ -1,7 +1,9 @@
 """`Tail`: the recent tokens of a layer, dense, in pre-allocated memory that new tokens are written into.
 
 Appending moves no old data (transformers' `DynamicCache` copies the whole layer for every token). When the memory is
-full it grows by an eighth, so that a token is moved a bounded number of times however long the generation.
+full it grows by an eighth, so that a token is moved a bounded number of times however long the generation. Old tokens
+can be forgotten, too (a sliding window), and move the others no more often: those stay where they are until the memory
+is full.
 """
 
 from __future__ import annotations
@@ -13,20 +15,24 @@ MIN_GROWTH = 16
 
 
 class Tail:
-    """Keys and values `[B, H_kv, length, D]` at the front of buffers `[B, H_kv, capacity, D]`."""
+    """Keys and values `[B, H_kv, length, D]` in buffers `[B, H_kv, capacity, D]`.
+
+    They lie at the front of the buffers, or, where `keep_last` has forgotten some, further behind.
+    """
 
     def __init__(self) -> None:
-        self.length = 0
+        self.length = self._first = 0
         self._buffers: list[Tensor] = []
+        self._own = False
         self._reserved = 0
 
     @property
     def key(self) -> Tensor:
-        return self._buffers[0][:, :, : self.length]
+        return self._buffers[0].narrow(2, self._first, self.length)
 
     @property
     def value(self) -> Tensor:
-        return self._buffers[1][:, :, : self.length]
+        return self._buffers[1].narrow(2, self._first, self.length)
 
     @property
     def capacity(self) -> int:
@@ -38,20 +44,21 @@ class Tail:
 
     def adopt(self, key: Tensor, value: Tensor) -> None:
         """Takes key and value `[B, H_kv, n, D]` as they are, in place of nothing: no copy is made."""
-        self._buffers, self.length = [key, value], key.shape[2]
+        self._buffers, self._own = [key, value], False
+        self._first, self.length = 0, key.shape[2]
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, n, D]` behind the tokens held."""
-        end = self.length + key.shape[2]
-        if end > self.capacity or self._frozen or not self._holds(key, value):
-            self._grow(end, key, value)
+        needed = self.length + key.shape[2]
+        if self._first + needed > self.capacity or not self._writable or not self._holds(key, value):
+            self._grow(needed, key, value)
         for buffer, new in zip(self._buffers, (key, value), strict=True):
-            buffer[:, :, self.length : end] = new
-        self.length = end
+            buffer[:, :, self._first + self.length : self._first + needed] = new
+        self.length = needed
 
     def make_room(self, tokens: int) -> None:
         """Takes memory for as many more tokens, so that they move nothing; there must be some tokens already."""
-        if self.length + tokens > self.capacity or self._frozen:
+        if self._first + self.length + tokens > self.capacity or not self._writable:
             self._grow(self.length + tokens, *self._buffers)
 
     def advance(self) -> None:
@@ -61,6 +68,16 @@ class Tail:
     def crop(self, tokens: int) -> None:
         """Forgets the last `tokens` tokens; their memory is written over by the next ones."""
         self.length -= tokens
+
+    def keep_last(self, tokens: int) -> None:
+        """Forgets all but the last `tokens` tokens. They move only where they leave far more memory than they need."""
+        forgotten = max(self.length - tokens, 0)
+        self._first, self.length = self._first + forgotten, self.length - forgotten
+        # room for a while was taken here on purpose; what was adopted has none, and stays only if all of it is needed
+        places = self.length + (2 * _room(self.length) if self._own else 0)
+        if any(buffer.untyped_storage().nbytes() > places * _token_bytes(buffer) for buffer in self._buffers):
+            self._buffers = [held.clone(memory_format=torch.contiguous_format) for held in (self.key, self.value)]
+            self._first, self._own = 0, True
 
     def without_first(self, tokens: int) -> Tail:
         """A new tail of all but the first `tokens` tokens; it keeps no memory of this one alive."""
@@ -80,9 +97,9 @@ class Tail:
         return list(self._buffers)
 
     @property
-    def _frozen(self) -> bool:
-        """Whether the memory was made in inference mode and cannot be written to any more."""
-        return bool(self._buffers) and self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+    def _writable(self) -> bool:
+        """Whether the memory was taken here, and not in an inference mode that is over."""
+        return self._own and (torch.is_inference_mode_enabled() or not self._buffers[0].is_inference())
 
     def _holds(self, *new: Tensor) -> bool:
         """Whether the memory loses nothing of new tokens; autocast may have begun or ended since the first ones."""
@@ -90,13 +107,22 @@ class Tail:
         return all(buffer.dtype == torch.promote_types(buffer.dtype, tensor.dtype) for buffer, tensor in pairs)
 
     def _grow(self, needed: int, key: Tensor, value: Tensor) -> None:
-        roomy = needed + max(MIN_GROWTH, needed // 8)
-        capacity = self._reserved if self._reserved >= needed else roomy
+        capacity = self._reserved if self._reserved >= needed else needed + _room(needed)
         held = self._buffers or [key, value]
         grown = [
             new.new_empty(*new.shape[:2], capacity, new.shape[3], dtype=torch.promote_types(new.dtype, old.dtype))
             for new, old in zip((key, value), held, strict=True)
         ]
         for buffer, old in zip(grown, self._buffers, strict=False):
-            buffer[:, :, : self.length] = old[:, :, : self.length]
-        self._buffers = grown
+            buffer[:, :, : self.length] = old.narrow(2, self._first, self.length)
+        self._buffers, self._first, self._own = grown, 0, True
+
+
+def _room(tokens: int) -> int:
+    """How many more tokens there is memory for where some come to `tokens`."""
+    return max(MIN_GROWTH, tokens // 8)
+
+
+def _token_bytes(buffer: Tensor) -> int:
+    batch, heads, _, dim = buffer.shape
+    return batch * heads * dim * buffer.element_size()

@@ -62,17 +62,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`: uint8 codes `[N, D]`."""
-    return _look_up(packed, torch.arange(2**bits, dtype=torch.float32, device=packed.device), bits).to(torch.uint8)
+    # numbers of the host: read back from a device they would stop it, and could not be recorded in a graph
+    return _found(packed, look_up_table(tuple(map(float, range(2**bits))), bits, packed.device), bits).to(torch.uint8)
 
 
 def levels_of(packed: Tensor, levels: Tensor) -> Tensor:
     """levels[codes] of packed codes `[N, bytes]`: float32 `[N, D]`."""
-    return _look_up(packed, levels, (levels.numel() - 1).bit_length())
-
-
-def _look_up(packed: Tensor, levels: Tensor, bits: int) -> Tensor:
-    table = look_up_table(tuple(levels.tolist()), bits, packed.device)
-    return _found(packed, table, bits)
+    bits = (levels.numel() - 1).bit_length()
+    return _found(packed, look_up_table(tuple(levels.tolist()), bits, packed.device), bits)
 
 
 def _found(packed: Tensor, table: Tensor, bits: int) -> Tensor:

@@ -42,21 +42,24 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return torch.ops.hf_kvcache.merge_states(out_a, lse_a, out_b, lse_b)
 
 
-def merge_partials(out: Tensor, lse: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
-    """Joins any number of partial results for each of R owners.
+def merge_partials(out: Tensor, lse: Tensor, owner: Tensor, owners: int) -> tuple[Tensor, Tensor]:
+    """Joins any number of partial results for each of R owners, in time and memory linear in their number.
 
     Args:
         out: partial results `[P, M, D]`.
         lse: `[P, M]`, -inf for a part that saw no key.
-        owned: `[R, P]`, 0 where a part is the owner's and -inf where it is not.
+        owner: int64 `[P]`, whose each part is, below R.
+        owners: R.
 
     Returns:
         out `[R, M, D]` and lse `[R, M]`; an owner without keys has out 0 and lse -inf.
     """
-    parts = lse.t().unsqueeze(1) + owned
-    # an owner without keys: softmax over nothing but -inf is nan
-    weight = torch.softmax(parts, dim=-1).nan_to_num_(0.0)
-    merged = torch.bmm(weight, out.transpose(0, 1).to(weight.dtype))
-    # what the heaviest part says of the sum: logsumexp takes several times as long on so few numbers
-    heaviest = weight.amax(-1).clamp_min_(torch.finfo(weight.dtype).tiny)
-    return merged.transpose(0, 1).to(out.dtype), (parts.amax(-1) - heaviest.log_()).t()
+    top = lse.new_full((owners, lse.shape[1]), -torch.inf)
+    top.scatter_reduce_(0, owner[:, None].expand_as(lse), lse, "amax")
+    # an owner without keys: exp(-inf - lowest) = 0 instead of exp(-inf + inf) = nan
+    top.clamp_min_(torch.finfo(lse.dtype).min)
+    weight = (lse - top.index_select(0, owner)).exp_()
+    total = torch.zeros_like(top).index_add_(0, owner, weight)
+    merged = weight.new_zeros(owners, *out.shape[1:]).index_add_(0, owner, out.to(weight.dtype) * weight.unsqueeze(-1))
+    merged /= total.clamp_min(torch.finfo(total.dtype).tiny).unsqueeze(-1)
+    return merged.to(out.dtype), total.log_() + top

@@ -22,6 +22,7 @@ from hf_kvcache.autocast import autocasts
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import KVCacheLayer
 from hf_kvcache.layers.fixed import FixedTail
+from hf_kvcache.patches.rotary import length_dependent
 from hf_kvcache.spec import STATE, CacheSpec
 from hf_kvcache.stores import DeviceStore
 
@@ -44,7 +45,8 @@ def capture_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # what other threads do with the device meanwhile is none of its business, and no error
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = run()
     return graph.replay, output
 
@@ -116,7 +118,7 @@ class CompiledDecode:
     """
 
     def __init__(self, model: nn.Module, spec: CacheSpec) -> None:
-        self.device = require_fixed_shapes(model, spec)
+        require_fixed_shapes(model, spec)
         self.model, self.shadowed = model, model.__dict__.get("forward")
         self.steps: weakref.WeakKeyDictionary[KVCache, Step] = weakref.WeakKeyDictionary()
         self.recorded = self.replayed = 0
@@ -232,7 +234,8 @@ class CompiledDecode:
 
     def _compute(self, step: Step, cache: KVCache) -> None:
         """Replays the step, recording it first where it is not yet."""
-        capture = capture_for(self.device)
+        # the model may have moved since it was compiled
+        capture = capture_for(step.ids.device)
         if step.replay is not None:
             step.replay()
         elif capture is None:
@@ -290,9 +293,10 @@ def layers_of(cache: KVCache) -> list[KVCacheLayer]:
     return [layer for layer in cache.layers if isinstance(layer, KVCacheLayer)]
 
 
-def require_fixed_shapes(model: nn.Module, spec: CacheSpec) -> torch.device:
-    """The device of a model whose steps can have a fixed shape; raises for any other."""
+def require_fixed_shapes(model: nn.Module, spec: CacheSpec) -> None:
+    """Raises for a model whose steps cannot have a fixed shape."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    ropes = sorted(length_dependent(model.config.get_text_config()))
     windows = {window for window in spec.sliding_windows if window is not None}
     for wrong, what, instead in (
         (STATE in windows, "layers that keep a state", "decode without it"),
@@ -304,10 +308,10 @@ def require_fixed_shapes(model: nn.Module, spec: CacheSpec) -> torch.device:
         (spec.every is not None, "eviction while decoding, which looks at every query", "evict after the prompt only"),
         (not isinstance(spec.store, DeviceStore), "a cache that is not on the device", "leave the offload method out"),
         (spec.prefix is not None, "a store of prompts", "leave it out, or decode without it"),
+        (bool(ropes), f"RoPE of the type {', '.join(ropes)}, which asks how long the text is", "decode without"),
         (len(devices) > 1, f"a model on several devices ({', '.join(map(str, devices))})", "load it on one device"),
     ):
         if wrong:
             raise NotImplementedError(
                 f"compile_decode needs steps of a fixed shape and does not support {what}; {instead}"
             )
-    return devices.pop()

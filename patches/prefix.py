@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from hf_kvcache.cache import KVCache
 from hf_kvcache.fingerprint import model_digest
 from hf_kvcache.patches.adapter import Adapter, home
+from hf_kvcache.patches.rotary import length_dependent
 
 if TYPE_CHECKING:
     from hf_kvcache.sequential.session import ModelFacts
 
 # arguments of a decoder that have a column for every token of the forward
 BY_TOKEN = ("input_ids", "position_ids", "cache_position")
-# RoPE whose angles for a token depend on how long the whole sequence is
-LENGTH_DEPENDENT = {"dynamic", "longrope"}
 # packages whose hooks record outputs or ask for gradients, and change nothing while generating
 HARMLESS = {"hf_kvcache", "transformers"}
 
@@ -86,10 +85,7 @@ def heads_of(attention: nn.Module) -> int:
 
 def _plain(decoder: nn.Module, device: torch.device) -> bool:
     """Whether keys and values depend on the tokens and the weights alone."""
-    kinds = getattr(decoder.config, "rope_parameters", None) or {}
-    nested = [kind for kind in kinds.values() if isinstance(kind, dict)]
-    types = {kind.get("rope_type", "default") for kind in nested or [kinds]}
-    return not (decoder.training or torch.is_autocast_enabled(device.type) or types & LENGTH_DEPENDENT)
+    return not (decoder.training or torch.is_autocast_enabled(device.type) or length_dependent(decoder.config))
 
 
 def _hooked(decoder: nn.Module) -> bool:

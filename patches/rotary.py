@@ -6,9 +6,20 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# types whose angles for a token depend on how long the whole sequence is
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
+
+
+def length_dependent(config: Any) -> set[str]:
+    """The types of RoPE in the configuration of a decoder whose angles depend on the length of the sequence."""
+    kinds = getattr(config, "rope_parameters", None) or {}
+    nested = [kind for kind in kinds.values() if isinstance(kind, dict)]
+    return {kind.get("rope_type", "default") for kind in nested or [kinds]} & LENGTH_DEPENDENT
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_kvcache import KVSharer, SharingPlan, load_cache, new_cache, patch_model
+from hf_kvcache import KVSharer, SharingPlan, load_cache, new_cache, patch_model, report
 from hf_kvcache.testing import greedy, left_pad, random_ids, tiny_model
 
 SHARED = KVSharer(plan=SharingPlan.from_pairs(4, [(3, 1)]))
@@ -163,3 +163,33 @@ def test_a_left_padded_prompt_is_still_cropped_at_its_end():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
     cache.crop(-2)
     assert cache.layers[0].segments[0].lengths == ((4, 4), (8, 8))
+
+
+def test_tokens_behind_a_sliding_window_copy_it_seldom():
+    """A copy of the window for every token would cost as much as attention over it."""
+    model = patch_model(tiny_model("mistral", sliding_window=128))
+    tokens, moves, place = random_ids(length=300), 0, None
+    with torch.no_grad():
+        whole = model(tokens).logits
+        cache = model(tokens[:, :140], use_cache=True).past_key_values
+        for step in range(140, 300):
+            logits = model(tokens[:, step : step + 1], past_key_values=cache).logits
+            torch.testing.assert_close(logits[:, 0], whole[:, step], rtol=1e-3, atol=1e-4)
+            held = cache.layers[0].tensors()
+            assert sum(tensor.untyped_storage().nbytes() for tensor in held) == report(cache).layers[0].bytes
+            assert report(cache).layers[0].bytes <= 1.25 * report(cache).layers[0].full_bytes
+            moves, place = moves + (held[0].data_ptr() != place), held[0].data_ptr()
+    assert moves <= 160 // 16 + 1
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_later_tokens_do_not_disturb_a_gradient_through_a_window(crop):
+    model = patch_model(tiny_model("mistral", sliding_window=128))
+    cache = new_cache(model)
+    first = model(random_ids(length=20), past_key_values=cache).logits
+    second = model(random_ids(length=3), past_key_values=cache).logits
+    if crop:
+        cache.crop(-2)
+    with torch.no_grad():
+        model(random_ids(length=1), past_key_values=cache)
+    (first.sum() + second.sum()).backward()

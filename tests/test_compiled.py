@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_kvcache import TurboQuant, compile_decode, is_patched, new_cache, patch_model, unpatch_model
+from hf_kvcache.kernels.code_attention import unpack
 from hf_kvcache.patches import compiled
 from hf_kvcache.patches.attach import attached
 from hf_kvcache.testing import FAMILIES, greedy, greedy_by_forward, left_pad, random_ids, tiny_model
@@ -227,6 +228,31 @@ def test_what_has_no_fixed_shape_is_refused():
         with pytest.raises(NotImplementedError, match=f"compile_decode needs steps of a fixed shape .*{reason}"):
             compile_decode(model)
         assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_angles_that_depend_on_the_length_are_refused(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    model = patch_model(tiny_model("llama", rope_parameters=rope), None)
+    with pytest.raises(NotImplementedError, match=f"RoPE of the type {kind}"):
+        compile_decode(model)
+    assert "forward" not in model.__dict__
+
+
+def test_codes_are_unpacked_without_asking_the_device():
+    codes = torch.zeros(8, 16, dtype=torch.uint8, device="meta")
+    assert unpack(codes, 4).shape == (8, 32)
+
+
+def test_a_model_that_moved_records_where_it_is(monkeypatch):
+    model, devices = compile_decode(patch_model(tiny_model("llama"), None)), []
+    # as it would be had the model been compiled elsewhere
+    steps_of(model).device = torch.device("meta")
+    monkeypatch.setattr(compiled, "capture_for", devices.append)
+    greedy(model, random_ids())
+    assert devices and set(devices) == {torch.device("cpu")}
 
 
 @pytest.mark.gpu

@@ -260,6 +260,16 @@ def test_batch_rows_may_read_any_stored_row(rows, lengths):
     assert_attends(selected, parts)
 
 
+def test_indices_grow_as_the_rows_do():
+    """Of a batch of many rows they would otherwise weigh more than what they point at."""
+    sizes = []
+    for rows in (8, 64):
+        segment, _ = ragged([[40 + row % 7, 90 - row % 5] for row in range(rows)])
+        segment.attend(draw(rows, 2, 3, DIM), 0.3, 0.0, (torch.zeros(rows, 2, 3, DIM), torch.zeros(rows, 2, 3)))
+        sizes.append(sum(tensor.nbytes for tensor in segment.layout.tensors()))
+    assert sizes[1] < 9 * sizes[0]
+
+
 def test_selections_compose():
     segment, parts = ragged([[5, 2], [3, 3], [1, 4]])
     twice = segment.select_rows([2, 0, 0, 1]).select_rows([3, 0, 1])

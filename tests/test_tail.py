@@ -118,3 +118,39 @@ def test_tensors_are_the_whole_buffers():
     held = sum(tensor.nbytes for tensor in tail.tensors())
     assert held == 2 * 2 * 3 * tail.capacity * 8 * 4
     assert held == sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tail.tensors()}.values())
+
+
+def test_a_window_is_moved_seldom_and_has_little_room():
+    tail, key, _ = filled(300)
+    moved, place = 0, None
+    for step in range(1000):
+        more, _ = tokens(1, seed=step)
+        tail.append(more, more)
+        tail.keep_last(99)
+        key = torch.cat([key, more], dim=2)
+        assert torch.equal(tail.key, key[:, :, -99:])
+        moved, place = moved + (tail.tensors()[0].data_ptr() != place), tail.tensors()[0].data_ptr()
+        assert tail.capacity <= 99 + 2 * MIN_GROWTH
+    assert moved <= 2 + 1000 // MIN_GROWTH
+
+
+def test_of_what_was_adopted_only_what_is_needed_stays():
+    key, value = tokens(50)
+    tail = Tail()
+    tail.adopt(key, value)
+    tail.keep_last(50)
+    assert tail.key.data_ptr() == key.data_ptr()
+    tail.keep_last(49)
+    assert tail.key.untyped_storage().nbytes() == key[:, :, 1:].nbytes and torch.equal(tail.value, value[:, :, 1:])
+    tail.keep_last(0)
+    assert tail.length == 0 and tail.capacity <= 2 * MIN_GROWTH + 49
+
+
+def test_what_was_adopted_is_not_written_to():
+    key, value = tokens(5)
+    before = key.clone()
+    tail = Tail()
+    tail.adopt(key, value)
+    tail.crop(2)
+    tail.append(*tokens(2, seed=1))
+    assert torch.equal(key, before) and torch.equal(tail.key[:, :, :3], key[:, :, :3])

@@ -86,13 +86,11 @@ class UniformCodec(ChunkedCodec):
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         if self.key_axis == "token":
             return super().select(payload, index)
-        groups = {"key_group": self._group_of(payload, index).to(torch.int32)}
-        # the steps of groups that have lost all their entries stay: they are few, and numbers do not change
-        return groups | select_entries(
-            {name: tensor for name, tensor in payload.items() if name != "key_group"},
-            index,
-            shared=(*self.shared, "key_step", "key_zero"),
-        )
+        # groups that have lost all their entries go: eviction while decoding would pile up their steps without end
+        used, group = self._group_of(payload, index).unique(return_inverse=True)
+        by_group = {name: payload[name][used] for name in ("key_step", "key_zero")}
+        by_entry = {name: tensor for name, tensor in payload.items() if name not in (*by_group, "key_group")}
+        return select_entries(by_entry, index, shared=self.shared) | by_group | {"key_group": group.to(torch.int32)}
 
     def join(self, payloads: Sequence[Payload], runs: int = 1) -> Payload:
         if self.key_axis == "token":

@@ -13,10 +13,10 @@ from torch import Tensor
 from hf_kvcache.attention import AttentionCall
 from hf_kvcache.autocast import without_autocast
 from hf_kvcache.eviction import Observation
-from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.fixed import FixedTail
+from hf_kvcache.layers.parts import attend_parts
 from hf_kvcache.layers.replay import Replay
 from hf_kvcache.layers.settings import LayerSettings
 from hf_kvcache.segment import Segment
@@ -182,14 +182,7 @@ class KVCacheLayer(OwnLayer):
         return torch.cat([prompt, drafts.to(prompt.device)], dim=1)
 
     def _attend_parts(self, call: AttentionCall) -> Tensor:
-        key, value = self.tail.key, self.tail.value
-        query = call.folded_query(key.shape[1])
-        group = query.shape[2] // call.length
-        mask = call.folded_mask(group, self.tail.length)
-        state = decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)
-        for segment in self.segments:
-            state = segment.attend(query, call.scale, call.softcap, state)
-        return call.unfolded(state[0])
+        return attend_parts(call, self.tail, self.segments)
 
     def _record(self, evictor: Evictor, call: AttentionCall) -> None:
         """Lets eviction see the queries, of the prompt and, when it goes on while decoding, those after it."""
@@ -317,6 +310,10 @@ class KVCacheLayer(OwnLayer):
         if judge is not None:
             carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in judge.carried}
             self.segments = [segment.expanded() for segment in self.segments]
+        elif len(self.segments) > 1:
+            # beams have diverged behind the prompt, which stays shared: rows that none of them reads any more go, and
+            # what is sealed now can be joined
+            self.segments[-1] = self.segments[-1].expanded()
         last = self.segments[-1]
         like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)

@@ -11,14 +11,15 @@ from torch import Tensor
 from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, removed_by
+from hf_kvcache.tail import Tail
 
 
 class SlidingLayer(OwnLayer):
-    """The KV of one producer with sliding-window attention: the last `sliding_window - 1` tokens, dense.
+    """The KV of one producer with sliding-window attention: the last `sliding_window - 1` tokens, dense, in a tail.
 
-    That is all that later tokens can see, so nothing more is kept, unless the caller announces with
-    `activate_past_recording` that a `crop` follows every forward (assisted decoding): then older tokens stay until that
-    crop. Consumers read the keys and values of the present forward, as the layer itself does.
+    That is all that later tokens can see, so nothing more is kept but room for a few new ones, unless the caller
+    announces with `activate_past_recording` that a `crop` follows every forward (assisted decoding): then older tokens
+    stay until that crop. Consumers read the keys and values of the present forward, as the layer itself does.
 
     Args:
         sliding_window: tokens that a query sees, itself included.
@@ -28,9 +29,6 @@ class SlidingLayer(OwnLayer):
     is_sliding = True
     is_croppable = True
 
-    keys: Tensor
-    values: Tensor
-
     def __init__(self, sliding_window: int, last_reader: int) -> None:
         super().__init__()
         self.sliding_window, self.last_reader = sliding_window, last_reader
@@ -39,7 +37,7 @@ class SlidingLayer(OwnLayer):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.keys = self.values = torch.empty(0)
+        self.tail = Tail()
         self.is_initialized = False
         self.seen = 0
         self.entry: tuple[int, int, int] | None = None
@@ -54,24 +52,37 @@ class SlidingLayer(OwnLayer):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
         if self.witness is not None:
             self.witness(self.seen, key_states, value_states)
-        visible = self._reach() + key_states.shape[2]
-        self._append(key_states, value_states)
-        self._visible = last_tokens(self.keys, visible), last_tokens(self.values, visible)
+        self._visible = self._take(key_states, value_states)
+        self._count(key_states)
         return self, self
+
+    def _take(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds new tokens to those held; returns what they can see, themselves included."""
+        tail, reach = self.tail, self._reach()
+        if not self.is_initialized:
+            # a prompt is read once and cut to the window: room behind it would be in vain
+            tail.adopt(key.detach(), value.detach())
+            return key, value
+        if torch.is_grad_enabled():
+            # a gradient needs the new tokens as they came, and nothing that later ones are written into
+            held = last_tokens(tail.key, reach), last_tokens(tail.value, reach)
+            tail.append(key.detach(), value.detach())
+            return torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
+        tail.append(key, value)
+        reach += key.shape[2]
+        return last_tokens(tail.key, reach), last_tokens(tail.value, reach)
 
     def adopt(self, key: Tensor, value: Tensor) -> None:
         """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
-        self._append(key, value)
+        self.tail.append(key, value)
+        self._count(key)
         if not self._recording:
-            self._hold(self._reach())
+            self.tail.keep_last(self._reach())
 
-    def _append(self, key: Tensor, value: Tensor) -> None:
-        """Adds tokens to those held."""
-        self.entry = entry_of(key)
+    def _count(self, key: Tensor) -> None:
+        """Counts the tokens of these keys."""
+        self.entry, self.is_initialized = entry_of(key), True
         self.seen += key.shape[2]
-        if self.is_initialized:
-            key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
-        self.keys, self.values, self.is_initialized = key, value, True
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention over the window; returns `[B, L, H_q, D]`."""
@@ -94,7 +105,7 @@ class SlidingLayer(OwnLayer):
             out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
         if call.layer == self.last_reader:
             self._visible = None
-            self._hold(self.keys.shape[2] if self._recording else self._reach())
+            self.tail.keep_last(self.tail.length if self._recording else self._reach())
         return out
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -102,35 +113,34 @@ class SlidingLayer(OwnLayer):
         remove = removed_by(tokens_to_remove, self.seen)
         if not self.is_initialized:
             return
-        rest, needed = self.keys.shape[2] - remove, min(self.seen - remove, self.sliding_window - 1)
+        rest, needed = self.tail.length - remove, min(self.seen - remove, self.sliding_window - 1)
         if rest < needed:
             raise RuntimeError(
                 f"cannot crop {remove} tokens: the {needed - rest} tokens that would come back into the window of "
                 f"{self.sliding_window} are gone; call cache.activate_past_recording() before the forward"
             )
         self.seen -= remove
-        self.keys, self.values = self.keys[:, :, :rest], self.values[:, :, :rest]
-        self._hold(needed)
+        self.tail.crop(remove)
+        self.tail.keep_last(needed)
 
     def select_rows(self, rows: list[int]) -> None:
         """Makes batch row i what row `rows[i]` is now (beam search, repetition, selection)."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        self.tail.select_rows(rows)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that this layer keeps alive."""
-        return [self.keys, self.values, *(self._visible or ())] if self.is_initialized else []
+        return [*self.tail.tensors(), *(self._visible or ())]
 
     def describe(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What a saved file needs: a JSON-able description and the tensors by name."""
-        tensors = {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+        tensors = {"keys": self.tail.key, "values": self.tail.value} if self.is_initialized else {}
         return {"seen": self.seen, "entry": self.entry}, tensors
 
     def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
         """The inverse of `describe`."""
         self.reset()
         if tensors:
-            self.keys, self.values = tensors["keys"].to(device), tensors["values"].to(device)
+            self.tail.adopt(tensors["keys"].to(device), tensors["values"].to(device))
             self.is_initialized = True
         self.seen, self.entry = described["seen"], tuple(described["entry"]) if described["entry"] else None
 
@@ -143,12 +153,3 @@ class SlidingLayer(OwnLayer):
     def _reach(self) -> int:
         """How many of the tokens seen the next one can see."""
         return min(self.seen, self.sliding_window - 1)
-
-    def _hold(self, tokens: int) -> None:
-        """Keeps the last tokens, in storages of their own: a view would keep the whole prompt alive."""
-        self.keys, self.values = (
-            tensor.detach().clone(memory_format=torch.contiguous_format)
-            if tensor.nbytes < tensor.untyped_storage().nbytes()
-            else tensor.detach()
-            for tensor in (last_tokens(self.keys, tokens), last_tokens(self.values, tokens))
-        )

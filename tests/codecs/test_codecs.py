@@ -128,6 +128,20 @@ def test_selected_entries_are_the_same_entries(codec):
 
 
 @every_codec
+def test_nothing_stays_of_entries_that_are_gone(codec):
+    """Eviction while decoding joins what comes and selects what is worth keeping, again and again."""
+    key, value, owners = entries(tokens=16)
+    held, owner, sizes = codec.encode(key, value, owners), owners, []
+    for _ in range(30):
+        held = codec.join([held, codec.encode(key, value, owners, held)])
+        owner = torch.cat([owner, owners])
+        last = torch.cat([(owner == run).nonzero()[-24:, 0] for run in range(OWNERS)])
+        held, owner = codec.select(held, last), owner[last]
+        sizes.append(live_bytes(held))
+    assert max(sizes[3:]) <= sizes[3]
+
+
+@every_codec
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 128, 192, 8])
 def test_any_head_dim_comes_back(codec, dim):
     if isinstance(codec, UniformCodec) and dim % min(codec.group_size, dim):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_kvcache import new_cache
-from hf_kvcache.testing import greedy, live_bytes, random_ids
+from hf_kvcache import TurboQuant, new_cache, patch_model
+from hf_kvcache.testing import greedy, live_bytes, random_ids, tiny_model
 from tests.generate.models import FULL, every_family, every_method, original, padded_batch, patched, uncached
 
 
@@ -107,3 +107,29 @@ def test_a_prompt_is_held_once_for_all_beams(family, beams, sequences):
     tail = sum(live_bytes(layer.tail) for layer in cache.layers)
     assert live_bytes(cache) - tail == 2 * one_prompt
     assert tail < 2 * one_prompt
+
+
+def test_beams_do_not_pile_up_segments_nor_rows_that_none_of_them_reads():
+    model = patch_model(tiny_model("llama"), TurboQuant(bits=8, residual_length=8, block_size=16))
+    ids, beams = random_ids(length=20), 3
+    with torch.no_grad():
+        cache = new_cache(model)
+        cache.expect(20, copies=beams)
+        model(ids.repeat(beams, 1), past_key_values=cache)
+        texts = ids.repeat(beams, 1)
+        for step in range(100):
+            rows = torch.tensor([[0, 0, 1], [2, 1, 0], [1, 2, 2]][step % 3])
+            cache.reorder_cache(rows)
+            new = random_ids(batch=beams, length=1, seed=step)
+            texts = torch.cat([texts[rows], new], dim=1)
+            model(new, past_key_values=cache)
+    for layer in cache.layers:
+        prompt, generated = layer.segments
+        assert len(prompt.lengths) == 1 and len(generated.lengths) == beams
+        assert prompt.seen + generated.seen + layer.tail.length == 120
+    # what is read is the text that each beam has become
+    new = random_ids(batch=beams, length=1, seed=200)
+    with torch.no_grad():
+        found = model(new, past_key_values=cache).logits[:, -1]
+        exact = model(torch.cat([texts, new], dim=1), use_cache=False).logits[:, -1]
+    assert float((found - exact).square().mean() / exact.square().mean()) < 1e-3

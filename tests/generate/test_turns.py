@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from hf_kvcache import KVCache, new_cache
-from hf_kvcache.testing import greedy, greedy_by_forward, live_bytes, random_ids
+from hf_kvcache import KVCache, new_cache, patch_model
+from hf_kvcache.layers import parts
+from hf_kvcache.testing import greedy, greedy_by_forward, live_bytes, random_ids, tiny_model
 from tests.generate.models import FULL, METHODS, every_family, every_method, padded_batch, patched, uncached
 
 
@@ -137,3 +138,28 @@ def test_a_cache_made_with_gradients_can_be_copied(family, method):
     twin = copy.deepcopy(cache)
     assert twin.get_seq_length() == 17
     assert not any(tensor.requires_grad for layer in cache.layers for tensor in layer.tensors())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("method", [None, "turboquant"])
+def test_a_long_turn_attends_in_turns(method, padded, monkeypatch):
+    """A mask of all its queries, for every head of a group, would be larger than the cache."""
+    model = patch_model(tiny_model("qwen2", num_attention_heads=4, num_key_value_heads=1), method)
+    ids, mask = random_ids(batch=2, length=320), torch.ones(2, 320, dtype=torch.long)
+    mask[1, :9] = int(not padded)
+    cache = model(ids[:, :20], attention_mask=mask[:, :20], use_cache=True).past_key_values
+    sizes, attend = [], parts.decode_attention
+
+    def watched(query, key, value, mask, **kwargs):
+        sizes.append(mask[0].numel())
+        return attend(query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(parts, "decode_attention", watched)
+    logits = []
+    for most in (parts.QUERIES_AT_ONCE, 300):
+        monkeypatch.setattr(parts, "QUERIES_AT_ONCE", most)
+        logits.append(model(ids[:, 20:], attention_mask=mask, past_key_values=copy.deepcopy(cache)).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    layers, group = 4, 4
+    assert max(sizes[:-layers]) <= group * 128 * 320 < group * 300 * 300 <= min(sizes[-layers:])

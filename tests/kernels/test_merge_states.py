@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.merge_states import merge_partials, merge_states
 from hf_kvcache.testing import assert_close
 
 DTYPES = pytest.mark.parametrize(
@@ -131,3 +131,19 @@ def test_gradient_is_refused(which):
     out, _ = merge_states(*parts)
     with pytest.raises(RuntimeError, match="merge_states has no gradient"):
         out.sum().backward()
+
+
+@DTYPES
+def test_partial_results_of_several_owners(dtype):
+    owner = torch.tensor([3, 0, 0, 4, 3, 0, 4])
+    out, lse, *_ = states((7, 5), dtype=dtype, spread=30.0)
+    lse[1], lse[3], lse[4, 2] = -torch.inf, -torch.inf, -torch.inf
+    lse[6] = -torch.inf
+    merged, total = merge_partials(out, lse, owner, 5)
+    assert merged.dtype == dtype and torch.isfinite(merged).all()
+    for run in range(5):
+        lses = lse[owner == run].double()
+        weights = lses.softmax(0).nan_to_num(0.0) if len(lses) else lses
+        exact = (weights.unsqueeze(-1) * out[owner == run].double()).sum(0)
+        torch.testing.assert_close(merged[run].double(), exact, rtol=1e-2, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+        torch.testing.assert_close(total[run].double(), lses.logsumexp(0), rtol=1e-6, atol=1e-6)
