@@ -318,7 +318,7 @@ class KVCacheLayer(OwnLayer):
             carried = {name: key.new_zeros(key.shape[:-1], dtype=torch.float32) for name in judge.carried}
             self.segments = [segment.expanded() for segment in self.segments]
         last = self.segments[-1]
-        like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
+        like = last if last.continues(settings.codec, len(key)) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
         if judge is not None:
             there = None if mask is None else mask[:, 0, -1, : start + sealed]
