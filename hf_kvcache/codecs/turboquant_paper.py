@@ -91,7 +91,7 @@ class PaperTurboQuantCodec(ChunkedCodec):
             # owners behind the last one that had an entry take its order, as good as any
             order = orders[owner.clamp(max=len(orders) - 1)]
             payload["orders"] = orders.to(torch.int16)
-            if not torch.equal(order, _in_turn(torch.arange(len(order), device=key.device), len(order), count)):
+            if not torch.equal(order, _in_turn(torch.arange(len(order), device=key.device), len(order), len(orders))):
                 payload["order"] = order.to(torch.int16)
         for name, tensor in (("key", key), ("value", value)):
             x, bits = tensor.to(torch.float32), widths[name]
