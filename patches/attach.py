@@ -325,7 +325,7 @@ def after_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache) or cache.replaying or not cache.pending:
         return
-    if cache.prompt_ids is None:
+    if cache.prompt_so_far() is None:
         raise NotImplementedError(
             "this eviction method reads the prompt again and needs its token ids, but the model was given "
             "inputs_embeds; pass input_ids, or use a method that does not (snapkv, expected_attention)"
