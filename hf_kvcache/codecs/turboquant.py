@@ -182,7 +182,8 @@ class TurboQuantCodec:
             return None
         means = mean.to(torch.float32)
         means = means[:1, None] if owners is None else means[owners.clamp(max=len(means) - 1)]
-        return (query @ means.unsqueeze(3)).squeeze(3)
+        # means may have been made in inference mode, which autograd refuses; what this goes to has no gradient anyway
+        return (query.detach() @ means.unsqueeze(3)).squeeze(3)
 
     def _rotation(self, like: Tensor) -> Tensor:
         return rotation("hadamard", like.shape[-1], self.seed, like.device)
