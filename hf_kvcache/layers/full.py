@@ -15,6 +15,7 @@ from hf_kvcache.autocast import without_autocast
 from hf_kvcache.eviction import Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
+from hf_kvcache.layers.drafts import refuse_drafts
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.fixed import FixedTail
 from hf_kvcache.layers.replay import Replay
@@ -68,13 +69,7 @@ class KVCacheLayer(OwnLayer):
 
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward (assisted decoding)."""
-        policy = self.settings.policy
-        if policy is not None and (policy.deferred or policy.every or self._shared):
-            raise NotImplementedError(
-                "assisted decoding would change what this method generates: drafts in the forward of the prompt would "
-                "see it before it is evicted, and eviction would follow the number of drafts accepted; expected an "
-                "eviction method that judges each layer alone, once, after the prompt (snapkv, adakv, criticalkv ...)"
-            )
+        refuse_drafts(self.settings, bool(self.segments))
         self._recording = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
@@ -154,11 +149,6 @@ class KVCacheLayer(OwnLayer):
         self.tail.advance()
         self.seen += 1
 
-    @property
-    def _shared(self) -> bool:
-        """Whether other layers read this one's KV."""
-        return len(self.settings.readers[self.settings.place]) > 1
-
     def _too_early(self, new: int) -> int:
         """How many of the new tokens are drafts behind a prompt that is sealed in the same forward.
 
@@ -166,8 +156,8 @@ class KVCacheLayer(OwnLayer):
         cannot wait for it: the prompt is sealed when the last of them has read it.
         """
         settings = self.settings
-        changes = settings.policy is not None or settings.codec.lossy
-        if not changes or self._deferred or self._shared or self.segments or not self.prompt_length:
+        waits = settings.changes and not settings.deferred and not settings.shared
+        if not waits or self.segments or not self.prompt_length:
             return 0
         early = self.seen + new - self.prompt_length
         return early if 0 < early < new else 0
@@ -204,13 +194,13 @@ class KVCacheLayer(OwnLayer):
         if self._fresh is not None:
             self.prompt_length = self.prompt_length or self.seen
             key, value = (tensor.detach() for tensor in self._fresh)
-            if self._deferred:
+            if self.settings.deferred:
                 # read many times more before it is sealed
                 key, value = key.contiguous(), value.contiguous()
             self.tail.adopt(key, value)
             self._fresh = self._fresh_mask = None
         if not self.segments and self.prompt_length and self.seen >= self.prompt_length:
-            if self._deferred:
+            if self.settings.deferred:
                 # the modules are still needed when all layers decide together
                 return
             # the last query sees every token but padding
@@ -232,13 +222,9 @@ class KVCacheLayer(OwnLayer):
         return self.prompt_length or self.seen
 
     @property
-    def _deferred(self) -> bool:
-        return self.settings.policy is not None and self.settings.policy.deferred
-
-    @property
     def pending(self) -> bool:
         """Whether the prompt is complete and waits, dense, for a decision over all layers."""
-        return self._deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
+        return self.settings.deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
 
     def observe_pending(self, rows: list[int], columns: Tensor, replays: bool) -> None:
         """Takes some rows of the pending prompt, without padding, for a decision; `replays`: to be read again first."""
