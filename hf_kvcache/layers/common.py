@@ -35,6 +35,8 @@ class OwnLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
+    # whether a `crop` follows every forward; transformers knows it by this name and takes it back when it has finished
+    record_past = False
     # tokens that went into this layer
     seen: int
 

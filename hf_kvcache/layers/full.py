@@ -36,11 +36,12 @@ class KVCacheLayer(OwnLayer):
     """
 
     is_sliding = False
-    is_croppable = True
 
     def __init__(self, settings: LayerSettings) -> None:
         super().__init__()
         self.settings = settings
+        # what eviction dropped while decoding does not come back
+        self.is_croppable = settings.policy is None or not settings.policy.every
         self.reset()
 
     def reset(self) -> None:
@@ -58,7 +59,7 @@ class KVCacheLayer(OwnLayer):
         self._replay: Replay | None = None
         self._observation: Observation | None = None
         self._replaying = False
-        self._recording = False
+        self.record_past = False
         self.is_initialized = False
         self.witness: Witness | None = None
         self.fixed: FixedTail | None = None
@@ -70,7 +71,7 @@ class KVCacheLayer(OwnLayer):
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward (assisted decoding)."""
         refuse_drafts(self.settings, bool(self.segments))
-        self._recording = True
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
@@ -137,7 +138,7 @@ class KVCacheLayer(OwnLayer):
     def room(self) -> int:
         """How many tokens can come one by one and change nothing but the tail, which has its memory already."""
         own = all(segment.rows == tuple(range(segment.layout.rows)) for segment in self.segments)
-        if not self.segments or not own or self.prompt_length or self._recording or not self.tail.capacity:
+        if not self.segments or not own or self.prompt_length or self.record_past or not self.tail.capacity:
             return 0
         codec = self.settings.codec
         if not codec.block:
@@ -212,7 +213,7 @@ class KVCacheLayer(OwnLayer):
                 keep, carried = self.evictor.choose(key, value, keep, self.copies)
             self._seal_prompt(keep, lengths, carried)
         elif self.segments:
-            self._seal_tail(mask, new if self._recording else 0)
+            self._seal_tail(mask, new if self.record_past else 0)
         if self.evictor is not None:
             self.evictor.forget_modules()
 
