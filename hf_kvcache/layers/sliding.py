@@ -34,7 +34,7 @@ class SlidingLayer(OwnLayer):
     def __init__(self, sliding_window: int, last_reader: int) -> None:
         super().__init__()
         self.sliding_window, self.last_reader = sliding_window, last_reader
-        self._recording = False
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
@@ -48,7 +48,7 @@ class SlidingLayer(OwnLayer):
 
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward."""
-        self._recording = True
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
@@ -62,7 +62,7 @@ class SlidingLayer(OwnLayer):
     def adopt(self, key: Tensor, value: Tensor) -> None:
         """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
         self._append(key, value)
-        if not self._recording:
+        if not self.record_past:
             self._hold(self._reach())
 
     def _append(self, key: Tensor, value: Tensor) -> None:
@@ -94,7 +94,7 @@ class SlidingLayer(OwnLayer):
             out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
         if call.layer == self.last_reader:
             self._visible = None
-            self._hold(self.keys.shape[2] if self._recording else self._reach())
+            self._hold(self.keys.shape[2] if self.record_past else self._reach())
         return out
 
     def crop(self, tokens_to_remove: int) -> None:
