@@ -106,6 +106,15 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class PickyCodec(Codec, Protocol):
+    """A codec that not every model fits."""
+
+    def check_fit(self, dim: int) -> None:
+        """Raises when entries of `dim` numbers cannot be encoded."""
+        ...
+
+
+@runtime_checkable
 class RaggedCodec(Codec, Protocol):
     """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
 

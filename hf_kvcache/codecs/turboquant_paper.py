@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim, check_width
 from hf_kvcache.codecs.chunks import ChunkedCodec
 from hf_kvcache.codecs.codebooks import lloyd_max
 from hf_kvcache.codecs.codec import Payload
@@ -78,6 +78,11 @@ class PaperTurboQuantCodec(ChunkedCodec):
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         check_bits("key_bits", self.key_bits, PROD_BITS if self.variant == "prod" else BITS)
         check_bits("value_bits", self.value_bits, BITS)
+
+    def check_fit(self, dim: int) -> None:
+        check_width(dim)
+        for bits in (self.key_bits, self.value_bits):
+            self._parts(bits, dim)
 
     def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         check_head_dim(key, value)
