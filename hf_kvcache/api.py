@@ -77,6 +77,8 @@ def patch_model(
     except BaseException:
         if old is not None:
             attach(target, old.adapter, old.spec, old)
+            if old.compiled is not None:
+                compile_decode(target)
         raise
     return model
 
