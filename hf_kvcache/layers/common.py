@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_kvcache.kernels.library import refuse_gradient
+
 # sees the first column, key and value [B, H_kv, n, D] of everything that a layer computes
 Witness = Callable[[int, Tensor, Tensor], None]
 
@@ -27,6 +29,13 @@ def removed_by(crop: int, seen: int) -> int:
     transformers counts the tokens to remove as a negative number; 5.14 also passes the number to keep, a positive one.
     """
     return max(seen - crop, 0) if crop > 0 else min(-crop, seen)
+
+
+def refuse_backward(out: Tensor) -> Tensor:
+    """The output of attention over constants of the cache by an operator that has a gradient: its backward raises."""
+    if out.requires_grad:
+        out.register_hook(refuse_gradient("attention"))
+    return out
 
 
 class OwnLayer(CacheLayerMixin):

@@ -14,7 +14,7 @@ from hf_kvcache.attention import AttentionCall
 from hf_kvcache.autocast import without_autocast
 from hf_kvcache.eviction import Observation
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, refuse_backward, removed_by
 from hf_kvcache.layers.drafts import refuse_drafts
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.fixed import FixedTail
@@ -127,7 +127,7 @@ class KVCacheLayer(OwnLayer):
             if self.segments or call.length == 1:
                 out = self._attend_parts(call)
             else:
-                out = call.dense(self.tail.key, self.tail.value)
+                out = refuse_backward(call.dense(self.tail.key, self.tail.value))
         if self.evictor is not None:
             self._record(self.evictor, call)
         if call.layer == self.settings.last_reader:

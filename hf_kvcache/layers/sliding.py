@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, refuse_backward, removed_by
 
 
 class SlidingLayer(OwnLayer):
@@ -92,6 +92,7 @@ class SlidingLayer(OwnLayer):
             query = call.folded_query(key.shape[1])
             mask = call.folded_mask(query.shape[2], key.shape[2])
             out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
+        out = refuse_backward(out) if self.seen > call.length else out
         if call.layer == self.last_reader:
             self._visible = None
             self._hold(self.keys.shape[2] if self.record_past else self._reach())
