@@ -10,7 +10,6 @@ import torch
 
 from hf_kvcache import safefile
 from hf_kvcache.fingerprint import matches
-from hf_kvcache.layers import KVCacheLayer
 
 if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
@@ -67,21 +66,6 @@ def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.devi
         prefix = f"layers.{index}."
         held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         layer.restore(described, held, devices[index])
-        if isinstance(layer, KVCacheLayer):
-            _check_evictable(layer, path)
     if PROMPT[0] in tensors:
         cache.prompt_ids, cache.prompt_positions = (tensors[name].to(devices[0]) for name in PROMPT)
     return cache
-
-
-def _check_evictable(layer: KVCacheLayer, path: str | Path) -> None:
-    """Raises where eviction goes on while decoding and the restored segments cannot be joined with what comes."""
-    policy, own = layer.settings.policy, layer.settings.codec
-    if policy is None or not policy.every:
-        return
-    for segment in layer.segments:
-        if segment.codec != own:
-            raise ValueError(
-                f"{path} was made with the codec {segment.codec}, this model evicts while decoding and has {own}, "
-                "and the two cannot be evicted from together; patch it with the method that made the cache"
-            )

@@ -125,5 +125,5 @@ def test_a_cache_of_another_codec_is_refused_where_eviction_goes_on(tmp_path):
     model = patch_model(tiny_model("llama"), TurboQuant())
     filled_cache(model, random_ids(length=40)).save(tmp_path / "cache.safetensors")
     patch_model(model, StreamingLLM(budget=16, every=4))
-    with pytest.raises(ValueError, match=r"codec TurboQuantCodec\(.* has DenseCodec\(.* patch it with the method"):
+    with pytest.raises(ValueError, match=r"codec TurboQuantCodec\(.* has DenseCodec\(.*patch it with the method"):
         load_cache(model, tmp_path / "cache.safetensors")

@@ -375,10 +375,16 @@ class KVCacheLayer(OwnLayer):
     def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
         """The inverse of `describe`."""
         self.reset()
+        own, every = self.settings.codec, self.evictor is not None and self.evictor.every
         for index, segment in enumerate(described["segments"]):
             prefix = f"segments.{index}."
             payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.segments.append(Segment.restore(segment, payload, self.settings.codec, self.settings.store, device))
+            self.segments.append(Segment.restore(segment, payload, own, self.settings.store, device))
+            if every and self.segments[-1].codec != own:
+                raise ValueError(
+                    f"the cache was saved with the codec {self.segments[-1].codec}, this model evicts while decoding "
+                    f"and has {own}, and no eviction chooses between the two; patch it with the method that made it"
+                )
         self.prompt_length, self.copies = described["prompt_length"], described["copies"]
         if "tail.key" in tensors:
             self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))
