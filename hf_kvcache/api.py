@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from hf_kvcache.cache import KVCache
 from hf_kvcache.calibration.probe import ModelProbe
+from hf_kvcache.codecs.codec import PickyCodec
 from hf_kvcache.eviction import HeadImportance
 from hf_kvcache.fingerprint import fingerprint, matches
 from hf_kvcache.methods import KVSharer, Method, Yoco, headkv
-from hf_kvcache.patches.adapter import home
+from hf_kvcache.patches.adapter import Adapter, home
 from hf_kvcache.patches.adapters import find_adapter
 from hf_kvcache.patches.attach import attach, attached, detach, require_attached
 from hf_kvcache.patches.compat import sliding_windows
@@ -68,6 +69,7 @@ def patch_model(
             if old is not None and old.spec.sharing.part_of_model and "sharing" not in spec.filled_by:
                 spec = spec.fill("sharing", old.spec.sharing, old.spec.filled_by["sharing"])
         check_fit(spec)
+        check_codecs(target, probe.adapter, spec)
         check_processes(target, spec)
         for doubt in spec.doubts():
             warnings.warn(doubt, UserWarning, stacklevel=2)
@@ -75,6 +77,8 @@ def patch_model(
     except BaseException:
         if old is not None:
             attach(target, old.adapter, old.spec, old)
+            if old.compiled is not None:
+                compile_decode(target)
         raise
     return model
 
@@ -285,6 +289,14 @@ def check_fit(spec: CacheSpec) -> None:
             f"the sharing plan was made for the model {spec.sharing.fingerprint}, this one is {spec.fingerprint}; "
             "calibrate a plan for this model"
         )
+
+
+def check_codecs(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> None:
+    """Raises when keys and values of the model are no entries for the codecs of their layers."""
+    for layer in spec.evicting:
+        codec, dim = spec.codecs[layer], getattr(adapter.find_attention(model, layer), "head_dim", None)
+        if isinstance(codec, PickyCodec) and dim is not None:
+            codec.check_fit(dim)
 
 
 def check_processes(model: nn.Module, spec: CacheSpec) -> None:

@@ -118,10 +118,25 @@ class KVCache(Cache):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device) + self.get_seq_length()
         positions = positions.to(ids.device).expand(ids.shape)
-        if self.prompt_ids is not None and self.prompt_positions is not None:
-            ids = torch.cat([self.prompt_ids, ids], dim=1)
-            positions = torch.cat([self.prompt_positions, positions], dim=1)
+        before = self.prompt_so_far()
+        if before is None and self.get_seq_length():
+            # an earlier part of the prompt came as embeddings
+            self.forget_prompt()
+            return
+        if before is not None:
+            ids = torch.cat([before[0].to(ids.device), ids], dim=1)
+            positions = torch.cat([before[1].to(ids.device), positions], dim=1)
         self.prompt_ids, self.prompt_positions = ids, positions
+
+    def prompt_so_far(self) -> tuple[Tensor, Tensor] | None:
+        """Token ids and positions `[B, seen]` of a prompt that goes on, None when there is none or they are not known.
+
+        What `remember_prompt` took may be more: tokens were cropped since, or their forward failed.
+        """
+        seen = self.get_seq_length()
+        if self.prompt_ids is None or self.prompt_positions is None or not 0 < seen <= self.prompt_ids.shape[1]:
+            return None
+        return self.prompt_ids[:, :seen], self.prompt_positions[:, :seen]
 
     def forget_prompt(self) -> None:
         """Lets go of what `remember_prompt` took."""
@@ -168,5 +183,8 @@ class KVCache(Cache):
 
     def _select_rows(self, rows: Iterable[int]) -> None:
         rows = list(rows)
+        prompt = self.prompt_so_far()
+        if prompt is not None:
+            self.prompt_ids, self.prompt_positions = prompt[0][rows], prompt[1][rows]
         for layer in self.layers:
             layer.select_rows(rows)

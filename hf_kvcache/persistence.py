@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hf_kvcache.cache import KVCache
 
 FORMAT = "hf_kvcache.cache/1"
+# of a prompt that has not come to its end, where it will be read again
+PROMPT = ("prompt_ids", "prompt_positions")
 
 
 def save_cache(cache: KVCache, path: str | Path) -> None:
@@ -35,6 +37,9 @@ def save_cache(cache: KVCache, path: str | Path) -> None:
         for layer, (_, held) in enumerate(described)
         for name, tensor in held.items()
     }
+    prompt = cache.prompt_so_far()
+    if prompt is not None:
+        tensors |= {name: tensor.cpu() for name, tensor in zip(PROMPT, prompt, strict=True)}
     safefile.write(path, FORMAT, description, tensors)
 
 
@@ -61,4 +66,6 @@ def restore_cache(cache: KVCache, path: str | Path, devices: Sequence[torch.devi
         prefix = f"layers.{index}."
         held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         layer.restore(described, held, devices[index])
+    if PROMPT[0] in tensors:
+        cache.prompt_ids, cache.prompt_positions = (tensors[name].to(devices[0]) for name in PROMPT)
     return cache

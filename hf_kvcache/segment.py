@@ -108,6 +108,13 @@ class Segment:
         rows = tuple(row // copies for row in range(batch))
         return cls(codec, store, store.put(held), layout, rows, start, tokens, key.device)
 
+    def continues(self, codec: Codec, batch: int) -> bool:
+        """Whether what `codec` makes of a batch of so many rows can be encoded like this segment and joined with it.
+
+        A loaded segment may have been saved under another codec, or another seed of this one.
+        """
+        return self.codec == codec and self.rows == tuple(range(batch)) and self.layout.rows == batch
+
     @classmethod
     def join(cls, segments: Sequence[Segment], keep: Tensor | None = None) -> Segment:
         """One segment of several consecutive ones that hold the same stored rows; no entry is encoded anew.

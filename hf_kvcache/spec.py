@@ -173,6 +173,12 @@ class CacheSpec:
                 "none, but layers whose window or state bounds what they keep; leave the method out, or, where prompts "
                 "are shorter than the window, load the model with sliding_window=None in its configuration"
             )
+        for slot in ("codec", "store"):
+            if slot in self.filled_by and not self.evicting:
+                found.append(
+                    f"{self.filled_by[slot]!r} will do nothing: it is for what layers with full attention keep, and "
+                    "here are none, but layers whose window or state bounds what they keep; leave the method out"
+                )
         return found
 
     def check(self) -> None:

@@ -21,35 +21,22 @@ from hf_kvcache.cache import KVCache
 from hf_kvcache.deferred import settle
 from hf_kvcache.fingerprint import matches
 from hf_kvcache.patches import early_exit, residual
-from hf_kvcache.patches.adapter import Adapter, Substitute, replaceable
+from hf_kvcache.patches.adapter import Adapter, Substitute
 from hf_kvcache.patches.compat import reentrant_checkpointing
 from hf_kvcache.patches.compiled import CompiledDecode
+from hf_kvcache.patches.configuration import carry_over, swap_config
 from hf_kvcache.patches.prefix import adopt_prefix, store_prefix
+from hf_kvcache.patches.projections import heal_projections, skip_projections
 from hf_kvcache.patches.saving import save_pretrained, upload
 from hf_kvcache.spec import CacheSpec
 
 ATTRIBUTE = "_hf_kvcache"
+# of the model, for which the patch puts its own on the instance
+METHODS = ("_prepare_cache_for_generation", "save_pretrained", "_upload_modified_files")
 
 # values of cache_implementation that ask for nothing we lack: published configurations of models with sliding layers
 # carry "hybrid", and transformers 5.14 sets "dynamic_full" itself for assisted decoding
 UNDEMANDING = (None, "dynamic", "dynamic_full", "hybrid")
-
-
-class HealedProjection(Substitute):
-    """A projection with another weight. The state dict keeps the original one."""
-
-    def __init__(self, original: nn.Module, weight: torch.Tensor) -> None:
-        super().__init__(original)
-        self._buffers = {}
-        like = original.weight
-        self.register_buffer("healed", weight.to(like.device, like.dtype), persistent=False)
-
-    def idle(self) -> list[nn.Parameter]:
-        # the bias is still in use
-        return [self.original.weight]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(hidden_states, self.healed, self.original.bias)
 
 
 @dataclass
@@ -66,6 +53,8 @@ class Attachment:
         frozen: parameters that no forward uses while the patch lasts and that were trainable before.
         residuals: trainable weights that the plan adds to the model, by layer.
         compiled: what takes the place of the model's forward while decoding, where that was asked for.
+        first_config: a copy of `config` as the patch left it, to tell what was changed since.
+        own_methods: of `METHODS`, what the user had put on the instance before.
     """
 
     adapter: Adapter
@@ -77,16 +66,20 @@ class Attachment:
     frozen: list[nn.Parameter] = field(default_factory=list)
     residuals: dict[int, residual.KVResidual] = field(default_factory=dict)
     compiled: CompiledDecode | None = None
+    first_config: Any = None
+    own_methods: dict[str, Any] = field(default_factory=dict)
 
     def install(self, model: nn.Module, decoder: nn.Module, substitutes: list[tuple[nn.Module, str, Substitute]]):
         """Does all that `restore` undoes."""
-        _swap_config(model, self.original_config, self.config)
+        self.own_methods = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
+        swap_config(model, self.original_config, self.config)
         model.set_attn_implementation(self.name)
         if self.config._attn_implementation != self.name:
             raise NotImplementedError(
                 f"{type(model).__name__} does not take its attention from transformers' AttentionInterface, "
                 "so its cache cannot be replaced"
             )
+        self.first_config = copy.deepcopy(self.config)
         for parent, attribute, substitute in substitutes:
             self.originals.append((parent, attribute, substitute.original))
             setattr(parent, attribute, substitute)
@@ -124,13 +117,16 @@ class Attachment:
             setattr(parent, attribute, original)
         for parameter in self.frozen:
             parameter.requires_grad_(True)
-        _swap_config(model, self.config, self.original_config)
+        swap_config(model, self.config, self.original_config)
+        if self.first_config is not None:
+            carry_over(self.config, self.first_config, self.original_config)
         for module in (model, decoder, *self.adapter.find_layers(model)):
             _remove_hooks(module)
         for layer in self.residuals:
             self.adapter.find_attention(model, layer)._modules.pop(residual.ATTRIBUTE, None)
-        for name in ("_prepare_cache_for_generation", "save_pretrained", "_upload_modified_files"):
+        for name in METHODS:
             model.__dict__.pop(name, None)
+        model.__dict__.update(self.own_methods)
         model.__dict__.pop(ATTRIBUTE, None)
         # last, since it waits for what is still being written
         if self.spec.prefix is not None:
@@ -202,44 +198,6 @@ def detach(model: nn.Module) -> Attachment | None:
     if attachment is not None:
         attachment.restore(model, attachment.adapter.find_decoder(model))
     return attachment
-
-
-def _swap_config(model: nn.Module, old: Any, new: Any) -> None:
-    """Replaces a configuration object in all modules; models built from one object share it, so it is never changed."""
-    for module in model.modules():
-        if module.__dict__.get("config") is old:
-            module.config = new
-
-
-def skip_projections(model: nn.Module, adapter: Adapter, spec: CacheSpec) -> list[tuple[nn.Module, str, Substitute]]:
-    """Substitutes for the key and value projections of all consumers, as (parent, attribute, substitute)."""
-    return [
-        (attention, attribute, substitute)
-        for layer in spec.sharing.consumers
-        for attention in [adapter.find_attention(model, layer)]
-        for attribute, substitute in adapter.kv.skip(attention).items()
-    ]
-
-
-def heal_projections(decoder: nn.Module, spec: CacheSpec) -> list[tuple[nn.Module, str, Substitute]]:
-    """Substitutes for the projections that the sharing plan has healed weights for."""
-    result: list[tuple[nn.Module, str, Substitute]] = []
-    for path, weight in spec.sharing.healed.items():
-        parent_path, _, attribute = path.rpartition(".")
-        parent = decoder.get_submodule(parent_path)
-        original = getattr(parent, attribute)
-        if not replaceable(original):
-            raise NotImplementedError(
-                f"the plan heals {path}, but that is a {type(original).__name__} on {original.weight.device}, and only "
-                "a plain Linear in memory can be healed; use heal=False"
-            )
-        if original.weight.shape != weight.shape:
-            raise ValueError(
-                f"the plan's weight for {path} has shape {tuple(weight.shape)}, the model's "
-                f"{tuple(original.weight.shape)}; calibrate a plan for this model"
-            )
-        result.append((parent, attribute, HealedProjection(original, weight)))
-    return result
 
 
 class BeforeDecoder:
@@ -331,7 +289,7 @@ def after_decoder(decoder: nn.Module, args: tuple, kwargs: dict[str, Any], outpu
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache) or cache.replaying or not cache.pending:
         return
-    if cache.prompt_ids is None:
+    if cache.prompt_so_far() is None:
         raise NotImplementedError(
             "this eviction method reads the prompt again and needs its token ids, but the model was given "
             "inputs_embeds; pass input_ids, or use a method that does not (snapkv, expected_attention)"

@@ -1,9 +1,11 @@
 """Assisted decoding under methods that change the prompt: a draft sees what a token that came alone would have seen."""
 
+import copy
+
 import pytest
 import torch
 
-from hf_kvcache import KVSharer, SharingPlan, StreamingLLM, TurboQuant, patch_model
+from hf_kvcache import KVSharer, Offload, SharingPlan, StreamingLLM, TurboQuant, compress, patch_model
 from hf_kvcache.testing import greedy, random_ids, tiny_model
 
 METHODS = {
@@ -44,8 +46,9 @@ def test_assisted_decoding_is_greedy_decoding(method, family, assistant):
     [
         StreamingLLM(budget=16, every=4),
         [StreamingLLM(budget=16), KVSharer(plan=SharingPlan.from_pairs(4, [(3, 2)]))],
+        [TurboQuant(bits=8), KVSharer(plan=SharingPlan.from_pairs(4, [(3, 2)]))],
     ],
-    ids=["every", "shared"],
+    ids=["every", "shared and evicted", "shared and encoded"],
 )
 def test_what_would_change_the_text_is_refused(method):
     model = patch_model(tiny_model("llama"), method)
@@ -53,7 +56,25 @@ def test_what_would_change_the_text_is_refused(method):
         greedy(model, random_ids(length=40), assistant_model=tiny_model("llama", seed=1))
 
 
-def test_sharing_with_codes_is_not_refused():
-    model = patch_model(tiny_model("llama"), [TurboQuant(bits=8), KVSharer(plan=SharingPlan.from_pairs(4, [(3, 2)]))])
+@pytest.mark.parametrize("other", [None, Offload()], ids=["dense", "offload"])
+def test_sharing_what_is_kept_as_it_is_changes_nothing(other):
+    model = patch_model(
+        tiny_model("llama"), [KVSharer(plan=SharingPlan.from_pairs(4, [(3, 2)])), *([other] if other else [])]
+    )
     ids = random_ids(length=40)
-    assert greedy(model, ids, assistant_model=tiny_model("llama", seed=1)).shape == greedy(model, ids).shape
+    assert torch.equal(greedy(model, ids, assistant_model=tiny_model("llama")), greedy(model, ids))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [StreamingLLM(budget=16), TurboQuant(bits=2)], ids=["evicted", "encoded"])
+def test_drafts_behind_a_sealed_prompt_are_not_refused(other):
+    """Whatever shares it: they come in no forward with it."""
+    model = patch_model(tiny_model("llama"), [other, KVSharer(plan=SharingPlan.from_pairs(4, [(3, 2)]))])
+    cache, drafts = compress(model, random_ids(length=40)), random_ids(length=6, seed=1)
+    alone = copy.deepcopy(cache)
+    expected = torch.cat([model(draft, past_key_values=alone).logits for draft in drafts.split(1, dim=1)], dim=1)
+    cache.activate_past_recording()
+    for accepted in (2, 5):
+        found = model(drafts[:, cache.get_seq_length() - 40 :], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[:, -found.shape[1] :], rtol=1e-4, atol=1e-4)
+        cache.crop(40 + accepted - cache.get_seq_length())

@@ -122,7 +122,61 @@ def test_what_is_not_a_context_is_refused(ids):
         compress(patched("llama", "snapkv"), ids)
 
 
-def test_embeddings_cannot_be_read_again():
+@pytest.mark.parametrize("first", ["embeddings", "ids"])
+def test_embeddings_cannot_be_read_again(first):
     model = patched("llama", "kvzip")
     with pytest.raises(NotImplementedError, match="token ids"):
         model(inputs_embeds=torch.randn(1, 40, 48))
+    parts = {"ids": {"input_ids": random_ids(length=20)}, "embeddings": {"inputs_embeds": torch.randn(1, 20, 48)}}
+    cache = new_cache(model)
+    cache.expect(40)
+    model(**parts.pop(first), past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="token ids"):
+        model(**parts.popitem()[1], past_key_values=cache)
+
+
+def cropped(model, cache, ids, path):
+    model(random_ids(batch=2, length=10, seed=3), past_key_values=cache)
+    cache.crop(-10)
+    return cache, ids
+
+
+def reordered(model, cache, ids, path):
+    cache.reorder_cache(torch.tensor([1, 0]))
+    return cache, ids.flip(0)
+
+
+def saved(model, cache, ids, path):
+    cache.save(path)
+    return load_cache(model, path), ids
+
+
+def emptied_after_an_error(model, cache, ids, path):
+    def stop(*_):
+        raise RuntimeError("stopped")
+
+    hook = model.model.layers[2].register_forward_pre_hook(stop)
+    cache = new_cache(model)
+    cache.expect(40)
+    with pytest.raises(RuntimeError, match="stopped"):
+        model(random_ids(batch=2, length=30, seed=3), past_key_values=cache)
+    hook.remove()
+    cache.crop(-cache.get_seq_length())
+    model(ids[:, :20], past_key_values=cache)
+    return cache, ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [cropped, reordered, saved, emptied_after_an_error])
+def test_the_prompt_that_is_held_is_read_again(change, tmp_path):
+    """Not one that was cropped, or of another row, since."""
+    model, ids = patched("llama", "kvzip"), random_ids(batch=2, length=40)
+    cache = new_cache(model)
+    cache.expect(40)
+    model(ids[:, :20], past_key_values=cache)
+    cache, ids = change(model, cache, ids, tmp_path / "cache.safetensors")
+    model(ids[:, 20:], past_key_values=cache)
+    whole = compress(model, ids)
+    for row in range(2):
+        for layer, expected in zip(kept_positions(cache, row), kept_positions(whole, row), strict=True):
+            assert [head.tolist() for head in layer] == [head.tolist() for head in expected]

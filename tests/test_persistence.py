@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kvcache import KVSharer, Offload, SharingPlan, load_cache, new_cache, patch_model
+from hf_kvcache import Fp8, KVSharer, Offload, SharingPlan, StreamingLLM, TurboQuant, load_cache, new_cache, patch_model
 from hf_kvcache.measure import cache_bytes
 from hf_kvcache.testing import random_ids, tiny_model
 
@@ -93,3 +93,37 @@ def test_truncated_foreign_and_missing_files_are_refused(tmp_path):
 def test_unpatched_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not patched"):
         load_cache(tiny_model("llama"), tmp_path / "cache.safetensors")
+
+
+CODECS = {
+    "another seed": (TurboQuant(bits=8, block_size=8), TurboQuant(bits=8, block_size=8, seed=1)),
+    "other bits": (TurboQuant(bits=8, block_size=8), TurboQuant(bits=4, block_size=8)),
+    "another codec": (Fp8(block_size=8), TurboQuant(bits=8, block_size=8)),
+    "none before": (None, TurboQuant(bits=8, block_size=8)),
+    "none after": (TurboQuant(bits=8, block_size=8), None),
+}
+
+
+@pytest.mark.parametrize("case", CODECS)
+def test_a_cache_goes_on_under_another_codec(case, tmp_path):
+    saved, own = CODECS[case]
+    ids, later = random_ids(length=40), random_ids(length=20, seed=1)
+    model = tiny_model("llama", head_dim=16)
+    with torch.no_grad():
+        expected = model(torch.cat([ids, later], dim=1)).logits[:, 40:].log_softmax(-1)
+        patch_model(model, saved)
+        model(ids, use_cache=True).past_key_values.save(tmp_path / "cache.safetensors")
+        patch_model(model, own)
+        cache = load_cache(model, tmp_path / "cache.safetensors")
+        actual = torch.cat([model(token, past_key_values=cache).logits for token in later.split(1, dim=1)], dim=1)
+    divergence = (expected.exp() * (expected - actual.log_softmax(-1))).sum(-1)
+    # codes read by another rotation give ten times as much
+    assert divergence[0, -8:].mean() < 0.2
+
+
+def test_a_cache_of_another_codec_is_refused_where_eviction_goes_on(tmp_path):
+    model = patch_model(tiny_model("llama"), TurboQuant())
+    filled_cache(model, random_ids(length=40)).save(tmp_path / "cache.safetensors")
+    patch_model(model, StreamingLLM(budget=16, every=4))
+    with pytest.raises(ValueError, match=r"codec TurboQuantCodec\(.* has DenseCodec\(.*patch it with the method"):
+        load_cache(model, tmp_path / "cache.safetensors")

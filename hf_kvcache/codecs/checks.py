@@ -16,13 +16,18 @@ def check_bits(name: str, bits: object, valid: Sequence[float]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {bits!r}")
 
 
-def check_head_dim(key: Tensor, value: Tensor) -> None:
-    """Raises when entries cannot be packed to whole bytes, or keys and values differ in width."""
-    dim = key.shape[-1]
+def check_width(dim: int) -> None:
+    """Raises when entries of so many numbers cannot be packed to whole bytes."""
     if dim % 8 or dim < MIN_DIM:
         raise ValueError(
             f"quantised codes need a head_dim that is a multiple of 8, got {dim}; use the dense codec for this model"
         )
+
+
+def check_head_dim(key: Tensor, value: Tensor) -> None:
+    """Raises when entries cannot be packed to whole bytes, or keys and values differ in width."""
+    dim = key.shape[-1]
+    check_width(dim)
     if value.shape[-1] != dim:
         raise ValueError(
             f"quantised codes need keys and values of one width, got {dim} and {value.shape[-1]}; "

@@ -21,6 +21,7 @@ MIN_DIM = 8
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def lloyd_max(dim: int, bits: int) -> Tensor:
     """The 2^bits levels `[2^bits]` of least mean square error, ascending, float64; Lloyd's algorithm on the density."""
     points, below, moment = _density(dim)
@@ -42,6 +43,7 @@ def lloyd_max(dim: int, bits: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def cubic(dim: int, bits: int) -> Tensor:
     """Levels t (a + b t²) `[2^bits]` nearest to those of `lloyd_max`, by the share of coordinates that use each."""
     levels = lloyd_max(dim, bits)
@@ -63,6 +65,7 @@ def distortion(dim: int, bits: int) -> float:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def _density(dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Points of √D x, and up to each of them the probability and the first moment, by the midpoint rule."""
     if dim < MIN_DIM:

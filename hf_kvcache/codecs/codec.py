@@ -106,6 +106,15 @@ class Codec(Protocol):
 
 
 @runtime_checkable
+class PickyCodec(Codec, Protocol):
+    """A codec that not every model fits."""
+
+    def check_fit(self, dim: int) -> None:
+        """Raises when entries of `dim` numbers cannot be encoded."""
+        ...
+
+
+@runtime_checkable
 class RaggedCodec(Codec, Protocol):
     """A codec with a kernel for runs of unequal length (see `kernels/ragged_attention.py`)."""
 
@@ -166,12 +175,14 @@ def select_entries(
 ) -> Payload:
     """The entries `index` of every tensor.
 
-    Tensors named in `shared` do not count entries and stay as they are; those in `of_owners` count owners.
+    Tensors named in `shared` do not count entries and stay as they are; those in `of_owners` count owners. These were
+    counted by their entries: owners behind the last that had one have none to be selected, and any statistics do.
     """
     selected = {}
     for name, tensor in payload.items():
         if name in of_owners:
-            selected[name] = tensor if owners is None else tensor.index_select(0, owners.to(tensor.device))
+            wanted = None if owners is None else owners.to(tensor.device).clamp(max=len(tensor) - 1)
+            selected[name] = tensor if wanted is None else tensor.index_select(0, wanted)
         else:
             selected[name] = tensor if name in shared else tensor.index_select(0, index.to(tensor.device))
     return selected

@@ -2,6 +2,8 @@
 
 A codebook for the coordinates of a random direction then serves every vector, outlier channels included. Rows of keys
 and of queries are rotated alike, so scores do not change.
+
+They are kept for the process, and so never made in inference mode: autograd takes no tensor from there.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ ROTATIONS = ("hadamard", "dense")
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def rotation(kind: str, dim: int, seed: int, device: torch.device) -> Tensor:
     """An orthogonal float32 matrix R `[dim, dim]`; rotate rows by `x @ R`, undo it by `y @ R.T`.
 

@@ -23,7 +23,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim, check_width
 from hf_kvcache.codecs.codebooks import cubic
 from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.codecs.rotation import rotation
@@ -66,6 +66,9 @@ class TurboQuantCodec:
     def __post_init__(self):
         check_bits("key_bits", self.key_bits, BITS)
         check_bits("value_bits", self.value_bits, BITS)
+
+    def check_fit(self, dim: int) -> None:
+        check_width(dim)
 
     def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         check_head_dim(key, value)
@@ -182,7 +185,8 @@ class TurboQuantCodec:
             return None
         means = mean.to(torch.float32)
         means = means[:1, None] if owners is None else means[owners.clamp(max=len(means) - 1)]
-        return (query @ means.unsqueeze(3)).squeeze(3)
+        # means may have been made in inference mode, which autograd refuses; what this goes to has no gradient anyway
+        return (query.detach() @ means.unsqueeze(3)).squeeze(3)
 
     def _rotation(self, like: Tensor) -> Tensor:
         return rotation("hadamard", like.shape[-1], self.seed, like.device)

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim, check_width
 from hf_kvcache.codecs.chunks import ChunkedCodec
 from hf_kvcache.codecs.codebooks import lloyd_max
 from hf_kvcache.codecs.codec import Payload
@@ -79,6 +79,11 @@ class PaperTurboQuantCodec(ChunkedCodec):
         check_bits("key_bits", self.key_bits, PROD_BITS if self.variant == "prod" else BITS)
         check_bits("value_bits", self.value_bits, BITS)
 
+    def check_fit(self, dim: int) -> None:
+        check_width(dim)
+        for bits in (self.key_bits, self.value_bits):
+            self._parts(bits, dim)
+
     def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         check_head_dim(key, value)
         check_finite(key=key, value=value)
@@ -91,7 +96,7 @@ class PaperTurboQuantCodec(ChunkedCodec):
             # owners behind the last one that had an entry take its order, as good as any
             order = orders[owner.clamp(max=len(orders) - 1)]
             payload["orders"] = orders.to(torch.int16)
-            if not torch.equal(order, _in_turn(torch.arange(len(order), device=key.device), len(order), count)):
+            if not torch.equal(order, _in_turn(torch.arange(len(order), device=key.device), len(order), len(orders))):
                 payload["order"] = order.to(torch.int16)
         for name, tensor in (("key", key), ("value", value)):
             x, bits = tensor.to(torch.float32), widths[name]

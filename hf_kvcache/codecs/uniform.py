@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim
+from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim, check_width
 from hf_kvcache.codecs.chunks import ChunkedCodec
 from hf_kvcache.codecs.codec import Payload, select_entries
 from hf_kvcache.codecs.scalar import as_stored, stored
@@ -58,6 +58,10 @@ class UniformCodec(ChunkedCodec):
             raise ValueError(f"key_axis must be one of {', '.join(AXES)}, got {self.key_axis!r}")
         if not isinstance(self.group_size, int) or self.group_size < 8:
             raise ValueError(f"group_size must be a whole number of at least 8, got {self.group_size!r}")
+
+    def check_fit(self, dim: int) -> None:
+        check_width(dim)
+        self._size(dim)
 
     def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         check_head_dim(key, value)
@@ -106,12 +110,16 @@ class UniformCodec(ChunkedCodec):
 
     def _by_token(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[N, D]`, steps and zeros `[N, groups]`."""
-        dim = x.shape[1]
+        size = self._size(x.shape[1])
+        codes, step, zero = _grid(x.to(torch.float32).view(len(x), x.shape[1] // size, size), bits, dim=2)
+        return codes.view(x.shape), step.squeeze(2), zero.squeeze(2)
+
+    def _size(self, dim: int) -> int:
+        """Channels in a group of `dim`."""
         size = min(self.group_size, dim)
         if dim % size:
             raise ValueError(f"group_size must divide the head_dim {dim} or exceed it, got {self.group_size}")
-        codes, step, zero = _grid(x.to(torch.float32).view(len(x), dim // size, size), bits, dim=2)
-        return codes.view(x.shape), step.squeeze(2), zero.squeeze(2)
+        return size
 
     def _groups(self, owners: Tensor | None, key: Tensor) -> Tensor:
         """The group of every entry `[N]`: `group_size` consecutive entries of one owner; its last group may be short.

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_kvcache.kernels.library import refuse_gradient
+
 # sees the first column, key and value [B, H_kv, n, D] of everything that a layer computes
 Witness = Callable[[int, Tensor, Tensor], None]
 
@@ -29,12 +31,21 @@ def removed_by(crop: int, seen: int) -> int:
     return max(seen - crop, 0) if crop > 0 else min(-crop, seen)
 
 
+def refuse_backward(out: Tensor) -> Tensor:
+    """The output of attention over constants of the cache by an operator that has a gradient: its backward raises."""
+    if out.requires_grad:
+        out.register_hook(refuse_gradient("attention"))
+    return out
+
+
 class OwnLayer(CacheLayerMixin):
     """What transformers asks of any layer of a cache, for those that hold something of their own."""
 
     is_compileable = False
     supports_early_init = False
 
+    # whether a `crop` follows every forward; transformers knows it by this name and takes it back when it has finished
+    record_past = False
     # tokens that went into this layer
     seen: int
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from hf_kvcache.attention import AttentionCall
 from hf_kvcache.autocast import without_autocast
 from hf_kvcache.eviction import Observation
-from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, refuse_backward, removed_by
+from hf_kvcache.layers.drafts import refuse_drafts
 from hf_kvcache.layers.evictor import Evictor
 from hf_kvcache.layers.fixed import FixedTail
 from hf_kvcache.layers.parts import attend_parts
@@ -35,11 +36,12 @@ class KVCacheLayer(OwnLayer):
     """
 
     is_sliding = False
-    is_croppable = True
 
     def __init__(self, settings: LayerSettings) -> None:
         super().__init__()
         self.settings = settings
+        # what eviction dropped while decoding does not come back
+        self.is_croppable = settings.policy is None or not settings.policy.every
         self.reset()
 
     def reset(self) -> None:
@@ -57,7 +59,7 @@ class KVCacheLayer(OwnLayer):
         self._replay: Replay | None = None
         self._observation: Observation | None = None
         self._replaying = False
-        self._recording = False
+        self.record_past = False
         self.is_initialized = False
         self.witness: Witness | None = None
         self.fixed: FixedTail | None = None
@@ -68,14 +70,8 @@ class KVCacheLayer(OwnLayer):
 
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward (assisted decoding)."""
-        policy = self.settings.policy
-        if policy is not None and (policy.deferred or policy.every or self._shared):
-            raise NotImplementedError(
-                "assisted decoding would change what this method generates: drafts in the forward of the prompt would "
-                "see it before it is evicted, and eviction would follow the number of drafts accepted; expected an "
-                "eviction method that judges each layer alone, once, after the prompt (snapkv, adakv, criticalkv ...)"
-            )
-        self._recording = True
+        refuse_drafts(self.settings, bool(self.segments))
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
@@ -131,7 +127,7 @@ class KVCacheLayer(OwnLayer):
             if self.segments or call.length == 1:
                 out = self._attend_parts(call)
             else:
-                out = call.dense(self.tail.key, self.tail.value)
+                out = refuse_backward(call.dense(self.tail.key, self.tail.value))
         if self.evictor is not None:
             self._record(self.evictor, call)
         if call.layer == self.settings.last_reader:
@@ -142,7 +138,7 @@ class KVCacheLayer(OwnLayer):
     def room(self) -> int:
         """How many tokens can come one by one and change nothing but the tail, which has its memory already."""
         own = all(segment.rows == tuple(range(segment.layout.rows)) for segment in self.segments)
-        if not self.segments or not own or self.prompt_length or self._recording or not self.tail.capacity:
+        if not self.segments or not own or self.prompt_length or self.record_past or not self.tail.capacity:
             return 0
         codec = self.settings.codec
         if not codec.block:
@@ -154,11 +150,6 @@ class KVCacheLayer(OwnLayer):
         self.tail.advance()
         self.seen += 1
 
-    @property
-    def _shared(self) -> bool:
-        """Whether other layers read this one's KV."""
-        return len(self.settings.readers[self.settings.place]) > 1
-
     def _too_early(self, new: int) -> int:
         """How many of the new tokens are drafts behind a prompt that is sealed in the same forward.
 
@@ -166,8 +157,8 @@ class KVCacheLayer(OwnLayer):
         cannot wait for it: the prompt is sealed when the last of them has read it.
         """
         settings = self.settings
-        changes = settings.policy is not None or settings.codec.lossy
-        if not changes or self._deferred or self._shared or self.segments or not self.prompt_length:
+        waits = settings.changes and not settings.deferred and not settings.shared
+        if not waits or self.segments or not self.prompt_length:
             return 0
         early = self.seen + new - self.prompt_length
         return early if 0 < early < new else 0
@@ -197,13 +188,13 @@ class KVCacheLayer(OwnLayer):
         if self._fresh is not None:
             self.prompt_length = self.prompt_length or self.seen
             key, value = (tensor.detach() for tensor in self._fresh)
-            if self._deferred:
+            if self.settings.deferred:
                 # read many times more before it is sealed
                 key, value = key.contiguous(), value.contiguous()
             self.tail.adopt(key, value)
             self._fresh = self._fresh_mask = None
         if not self.segments and self.prompt_length and self.seen >= self.prompt_length:
-            if self._deferred:
+            if self.settings.deferred:
                 # the modules are still needed when all layers decide together
                 return
             # the last query sees every token but padding
@@ -215,7 +206,7 @@ class KVCacheLayer(OwnLayer):
                 keep, carried = self.evictor.choose(key, value, keep, self.copies)
             self._seal_prompt(keep, lengths, carried)
         elif self.segments:
-            self._seal_tail(mask, new if self._recording else 0)
+            self._seal_tail(mask, new if self.record_past else 0)
         if self.evictor is not None:
             self.evictor.forget_modules()
 
@@ -225,13 +216,9 @@ class KVCacheLayer(OwnLayer):
         return self.prompt_length or self.seen
 
     @property
-    def _deferred(self) -> bool:
-        return self.settings.policy is not None and self.settings.policy.deferred
-
-    @property
     def pending(self) -> bool:
         """Whether the prompt is complete and waits, dense, for a decision over all layers."""
-        return self._deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
+        return self.settings.deferred and not self.segments and bool(self.prompt_length) and self.seen >= self.prompt
 
     def observe_pending(self, rows: list[int], columns: Tensor, replays: bool) -> None:
         """Takes some rows of the pending prompt, without padding, for a decision; `replays`: to be read again first."""
@@ -315,7 +302,7 @@ class KVCacheLayer(OwnLayer):
             # what is sealed now can be joined
             self.segments[-1] = self.segments[-1].expanded()
         last = self.segments[-1]
-        like = last if last.rows == tuple(range(len(key))) and last.layout.rows == len(key) else None
+        like = last if last.continues(settings.codec, len(key)) else None
         new = Segment.seal(settings.codec, settings.store, key, value, keep, start=start, carried=carried, like=like)
         if judge is not None:
             there = None if mask is None else mask[:, 0, -1, : start + sealed]
@@ -385,10 +372,16 @@ class KVCacheLayer(OwnLayer):
     def restore(self, described: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
         """The inverse of `describe`."""
         self.reset()
+        own, every = self.settings.codec, self.evictor is not None and self.evictor.every
         for index, segment in enumerate(described["segments"]):
             prefix = f"segments.{index}."
             payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            self.segments.append(Segment.restore(segment, payload, self.settings.codec, self.settings.store, device))
+            self.segments.append(Segment.restore(segment, payload, own, self.settings.store, device))
+            if every and self.segments[-1].codec != own:
+                raise ValueError(
+                    f"the cache was saved with the codec {self.segments[-1].codec}, this model evicts while decoding "
+                    f"and has {own}, and no eviction chooses between the two; patch it with the method that made it"
+                )
         self.prompt_length, self.copies = described["prompt_length"], described["copies"]
         if "tail.key" in tensors:
             self.tail.append(tensors["tail.key"].to(device), tensors["tail.value"].to(device))

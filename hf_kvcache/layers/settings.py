@@ -32,6 +32,21 @@ class LayerSettings:
     readers: tuple[tuple[int, ...], ...] = ((0,),)
     output: str = "o_proj"
 
+    @property
+    def shared(self) -> bool:
+        """Whether other layers read this one's KV."""
+        return len(self.readers[self.place]) > 1
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the prompt waits, dense, for a decision over all layers."""
+        return self.policy is not None and self.policy.deferred
+
+    @property
+    def changes(self) -> bool:
+        """Whether a sealed prompt is less than the prompt."""
+        return self.policy is not None or self.codec.lossy
+
     def residual(self, lengths: Sequence[int]) -> int:
         """How many of the last tokens of a prompt stay dense: those that the codec asks for and eviction leaves alone.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_kvcache.attention import AttentionCall, attend_windows
 from hf_kvcache.kernels.decode_attention import decode_attention
-from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, removed_by
+from hf_kvcache.layers.common import OwnLayer, Witness, entry_of, last_tokens, refuse_backward, removed_by
 from hf_kvcache.tail import Tail
 
 
@@ -32,7 +32,7 @@ class SlidingLayer(OwnLayer):
     def __init__(self, sliding_window: int, last_reader: int) -> None:
         super().__init__()
         self.sliding_window, self.last_reader = sliding_window, last_reader
-        self._recording = False
+        self.record_past = False
         self.reset()
 
     def reset(self) -> None:
@@ -46,7 +46,7 @@ class SlidingLayer(OwnLayer):
 
     def activate_past_recording(self) -> None:
         """Announces that a `crop` follows every forward."""
-        self._recording = True
+        self.record_past = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         """Takes key and value `[B, H_kv, L, D]` of the new tokens and returns this layer in their place, twice."""
@@ -76,7 +76,7 @@ class SlidingLayer(OwnLayer):
         """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
         self.tail.append(key, value)
         self._count(key)
-        if not self._recording:
+        if not self.record_past:
             self.tail.keep_last(self._reach())
 
     def _count(self, key: Tensor) -> None:
@@ -103,9 +103,10 @@ class SlidingLayer(OwnLayer):
             query = call.folded_query(key.shape[1])
             mask = call.folded_mask(query.shape[2], key.shape[2])
             out = call.unfolded(decode_attention(query, key, value, mask, scale=call.scale, softcap=call.softcap)[0])
+        out = refuse_backward(out) if self.seen > call.length else out
         if call.layer == self.last_reader:
             self._visible = None
-            self.tail.keep_last(self.tail.length if self._recording else self._reach())
+            self.tail.keep_last(self.tail.length if self.record_past else self._reach())
         return out
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -65,8 +65,13 @@ class TurboQuant(Method):
         check_lengths(self.residual_length, self.block_size)
         if self.boundary_layers < 0:
             raise ValueError(f"boundary_layers must not be negative, got {self.boundary_layers}")
-        for key, value in zip(*self._widths(self._layers_named()), strict=True):
+        widths = list(zip(*self._widths(self._layers_named()), strict=True))
+        for key, value in widths:
             self._codec(key, value)
+        if self.outlier_channels is not None and all(bits == int(bits) for pair in widths for bits in pair):
+            raise ValueError(
+                f"outlier_channels belongs to 2.5 and 3.5 bits, of which there are none, got {self.outlier_channels}"
+            )
 
     def apply(self, spec: CacheSpec, model: CalibrationModel) -> CacheSpec:
         return spec.fill("codec", self.codecs(spec.num_layers), by=self.name)

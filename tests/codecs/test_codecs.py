@@ -268,3 +268,26 @@ def test_a_layer_may_keep_nothing(codec):
     chosen = codec.select(whole, torch.arange(0))
     sizes = [{len(part[name]) for name in part if name.endswith(("codes", "key"))} for part in (nothing, whole, chosen)]
     assert sizes == [{0}, {len(key)}, {0}]
+
+
+@every_codec
+def test_the_last_owners_may_have_nothing_in_a_later_block(codec):
+    key, value, owners = entries(tokens=32)
+    first = codec.encode(key, value, owners)
+    some = owners < OWNERS // 2
+    later = codec.decode(codec.encode(key[some], value[some], owners[some], first), owners[some])
+    for actual, whole in zip(later, codec.decode(first, owners), strict=True):
+        torch.testing.assert_close(actual, whole[some], rtol=1e-4, atol=1e-4)
+
+
+@every_codec
+def test_owners_without_entries_can_be_selected(codec):
+    key, value, owners = entries(tokens=32)
+    some = owners < OWNERS // 2
+    payload = codec.encode(key[some], value[some], owners[some])
+    twice = torch.arange(int(some.sum())).view(OWNERS // 2, -1).repeat_interleave(2, 0).flatten()
+    chosen = codec.select(payload, twice, torch.arange(OWNERS).repeat_interleave(2))
+    for actual, whole in zip(
+        codec.decode(chosen, owners[some][twice] * 2), codec.decode(payload, owners[some]), strict=True
+    ):
+        torch.testing.assert_close(actual, whole[twice], rtol=1e-6, atol=1e-6)

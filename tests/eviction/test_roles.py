@@ -50,4 +50,9 @@ def test_a_model_without_full_attention_is_warned_of():
         warnings.simplefilter("error")
         patch_model(tiny_model("mistral", sliding_window=None), "snapkv", budget=10, window=4)
         patch_model(tiny_model("gemma2"), "snapkv", budget=10, window=4)
-        patch_model(tiny_model("mistral"), "turboquant")
+        patch_model(tiny_model("mistral"))
+        patch_model(tiny_model("mistral", sliding_window=None), "turboquant+offload")
+        patch_model(tiny_model("gemma2"), "turboquant+offload")
+    for method in ("turboquant", "offload"):
+        with pytest.warns(UserWarning, match=f"'{method}' will do nothing: .* leave the method out"):
+            patch_model(tiny_model("mistral"), method)

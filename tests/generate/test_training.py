@@ -7,7 +7,7 @@ import torch
 
 from hf_kvcache import KVSharer, Offload, SharingPlan, new_cache, patch_model, unpatch_model
 from hf_kvcache.testing import greedy, random_ids, tiny_model
-from tests.generate.models import FULL, every_family, every_method, original, patch, patched
+from tests.generate.models import every_family, every_method, original, patch, patched
 
 # the newer name of the same switch came after the oldest supported release
 quiet_checkpointing = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_.*:FutureWarning")
@@ -127,9 +127,9 @@ def test_a_cached_prefill_has_the_same_gradient_as_none(family, method):
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", FULL)
+@every_family
 @every_method
-@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("new", [1, 3, 12])
 def test_gradient_through_a_cached_continuation_is_refused(family, method, new):
     model = patched(family, method)
     cache = model(random_ids(length=10)).past_key_values
@@ -137,6 +137,16 @@ def test_gradient_through_a_cached_continuation_is_refused(family, method, new):
     with pytest.raises(RuntimeError, match="has no gradient") as error:
         out.logits.sum().backward()
     assert "use_cache=False" in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_gradient_through_a_prompt_in_parts_is_refused(family):
+    model, ids = patched(family, "none"), random_ids(length=20)
+    cache = new_cache(model)
+    cache.expect(20)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split(10, dim=1)]
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        torch.cat(parts, dim=1).sum().backward()
 
 
 @every_method

@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_kvcache import METHODS, CacheSpec, Fp8, TurboQuant, Uniform
+from hf_kvcache import METHODS, CacheSpec, Fp8, TurboQuant, Uniform, patch_model
 from hf_kvcache.codecs import DenseCodec, Fp8Codec, PaperTurboQuantCodec, TurboQuantCodec, UniformCodec
+from hf_kvcache.testing import model_state, tiny_model
 
 SPEC = CacheSpec.full((None,) * 6)
 
@@ -70,6 +71,7 @@ def test_all_fill_one_slot():
         ({"mode": "fast"}, "mode must be one of practical, paper, got 'fast'"),
         ({"variant": "prod"}, "belong to mode='paper'"),
         ({"mode": "paper", "variant": "prod", "bits": 3.5}, "key_bits must be one of 2, 3, 4, got 3.5"),
+        ({"mode": "paper", "outlier_channels": 32}, "outlier_channels belongs to 2.5 and 3.5 bits"),
         ({"boundary_bits": 4}, "boundary_bits must be 8 or 16, got 4"),
         ({"boundary_layers": -1}, "boundary_layers must not be negative"),
         ({"residual_length": -1}, "residual_length must be a number of tokens, 0 or more, got -1"),
@@ -87,6 +89,25 @@ def test_options_that_do_not_fit_the_model_are_refused():
         codecs(TurboQuant(bits=[4, 4, 4]))
     with pytest.raises(ValueError, match="at most half of the model's 6 layers, got 4"):
         codecs(TurboQuant(boundary_layers=4))
+
+
+@pytest.mark.parametrize(
+    ("method", "dim", "message"),
+    [
+        (TurboQuant(), 12, "multiple of 8, got 12"),
+        (TurboQuant(mode="paper"), 12, "multiple of 8, got 12"),
+        (TurboQuant(mode="paper", bits=2.5, outlier_channels=60), 64, "between 8 and 56 at head_dim 64, got 60"),
+        (Uniform(), 12, "multiple of 8, got 12"),
+        (Uniform(group_size=48), 64, "group_size must divide the head_dim 64 or exceed it, got 48"),
+    ],
+    ids=str,
+)
+def test_heads_that_a_codec_does_not_fit_are_refused_before_a_forward(method, dim, message):
+    model = tiny_model("llama", head_dim=dim)
+    before = model_state(model)
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, method)
+    model_state(model).assert_equal(before)
 
 
 @pytest.mark.parametrize(
