@@ -2,7 +2,7 @@
 
 Shapes: score `[..., T]` in float32 without NaN, counts `[...]` of int64 with 0 <= counts <= T. Returns boolean
 `[..., T]`. For the heads of a layer the rows are heads; for a budget that they share, flatten them to one row. Among
-equal scores the Triton version takes the first ones, the PyTorch version those that `topk` gives.
+equal scores the first ones are taken: what is kept of a prompt must not depend on how wide its batch is padded.
 """
 
 import torch
@@ -16,9 +16,12 @@ LIBRARY.define("select(Tensor score, Tensor counts) -> Tensor")
 @torch.library.impl(LIBRARY, "select", "CompositeExplicitAutograd")
 def select_reference(score: Tensor, counts: Tensor) -> Tensor:
     most = int(counts.max()) if counts.numel() else 0
-    best = score.topk(most, dim=-1).indices
-    taken = torch.arange(most, device=score.device) < counts.unsqueeze(-1)
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, taken)
+    if not most:
+        return torch.zeros_like(score, dtype=torch.bool)
+    counts = counts.unsqueeze(-1)
+    least = score.topk(most, dim=-1).values.gather(-1, (counts - 1).clamp_min(0))
+    above, level = score > least, score == least
+    return above | level & (level.cumsum(-1) <= counts - above.sum(-1, keepdim=True))
 
 
 with_triton("select", select_reference)

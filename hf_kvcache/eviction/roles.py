@@ -155,12 +155,11 @@ class Global:
     def allocate_layers(self, scores: Sequence[Tensor], budget: int, limits: Sequence[Tensor]) -> list[Tensor]:
         sizes = [score.shape[1] for score in scores]
         together = torch.cat([score.to(scores[0].device) for score in scores], dim=1)
-        batch, heads, tokens = together.shape
+        batch, heads, _ = together.shape
         # protected tokens have the score +inf and come first; places without a token, -inf, come last
         total = min(budget * heads, sum(int(limit.sum(-1).min()) for limit in limits))
-        best = together.flatten(1).topk(total, dim=-1).indices
-        counts = torch.zeros(batch, heads, dtype=torch.long, device=together.device)
-        counts.scatter_add_(1, best // tokens, torch.ones_like(best))
+        best = top_mask(together.flatten(1), torch.full((batch,), total, device=together.device))
+        counts = best.view(together.shape).sum(-1)
         return [part.to(score.device) for part, score in zip(counts.split(sizes, dim=1), scores, strict=True)]
 
 
@@ -176,7 +175,7 @@ class TopK:
 
 
 def top_mask(score: Tensor, counts: Tensor) -> Tensor:
-    """The `counts` `[B, H]` highest scores of every head of `[B, H, T]`, as a mask."""
+    """The `counts` `[B, H]` highest scores of every head of `[B, H, T]`, as a mask; also without heads."""
     return select(score, counts)
 
 

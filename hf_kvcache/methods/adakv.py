@@ -53,7 +53,7 @@ class AdaKV(EvictionMethod):
             raise ValueError(f"safeguard must be one of {', '.join(SAFEGUARDS)}, got {self.safeguard!r}")
 
     def allocate(self, score: Tensor, budget: int, limit: Tensor, protected: int, observation: Observation) -> Tensor:
-        batch, heads, tokens = score.shape
+        batch, heads, _ = score.shape
         free = budget - protected
         open_ = torch.isfinite(score)
         room = open_.sum(-1)
@@ -63,9 +63,8 @@ class AdaKV(EvictionMethod):
             wanted = room.clamp(max=int(self.alpha * free))
             safe = top_mask(score.masked_fill(~open_, -torch.inf), wanted) & open_
         candidates = score.masked_fill(~open_, -torch.inf).masked_fill(safe, torch.finfo(score.dtype).max)
-        best = candidates.flatten(1).topk(total, dim=-1).indices
-        hits = torch.zeros(batch, heads, dtype=torch.long, device=score.device)
-        hits.scatter_add_(1, best // tokens, torch.ones_like(best))
+        best = top_mask(candidates.flatten(1), torch.full((batch,), total, device=score.device))
+        hits = best.view(score.shape).sum(-1)
         if self.safeguard == "floor":
             return protected_counts(limit, room) + hits
         share = (1 - self.alpha) * hits + self.alpha * free
