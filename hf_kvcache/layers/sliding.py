@@ -63,14 +63,15 @@ class SlidingLayer(OwnLayer):
             # a prompt is read once and cut to the window: room behind it would be in vain
             tail.adopt(key.detach(), value.detach())
             return key, value
-        if torch.is_grad_enabled():
-            # a gradient needs the new tokens as they came, and nothing that later ones are written into
-            held = last_tokens(tail.key, reach), last_tokens(tail.value, reach)
-            tail.append(key.detach(), value.detach())
-            return torch.cat([held[0], key], dim=2), torch.cat([held[1], value], dim=2)
-        tail.append(key, value)
         reach += key.shape[2]
-        return last_tokens(tail.key, reach), last_tokens(tail.value, reach)
+        if key.shape[2] > 1 or torch.is_grad_enabled():
+            # so is a part of one. A gradient needs the new tokens as they came, in what nothing is written into later
+            key, value = torch.cat([tail.key, key], dim=2), torch.cat([tail.value, value], dim=2)
+            tail.adopt(key.detach(), value.detach())
+        else:
+            tail.append(key, value)
+            key, value = tail.key, tail.value
+        return last_tokens(key, reach), last_tokens(value, reach)
 
     def adopt(self, key: Tensor, value: Tensor) -> None:
         """Takes key and value `[B, H_kv, n, D]` of the next tokens of the prompt as an earlier forward left them."""
