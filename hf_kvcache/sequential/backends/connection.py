@@ -1,7 +1,8 @@
 """`Connection`: SQLite for many threads, one at a time, and for the processes that fork from this one.
 
-SQLite forbids to carry a connection over a fork, and a lock that another thread holds at that moment stays locked in
-the child for ever. So connections are closed before a fork, and opened again by who needs them next.
+A connection must not be used on both sides of a fork, and a lock that another thread holds at that moment stays locked
+in the child for ever. So a child takes new locks, leaves what it inherited alone, and opens its own. The process that
+forks waits for nothing and closes nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +14,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-# seconds that a fork waits for a statement to end
-PATIENCE = 1.0
 
 
 class Connection:
@@ -52,17 +50,6 @@ class Connection:
                 self._database.close()
             self._database = None
 
-    def before_fork(self) -> bool:
-        """Closes it and keeps others from it; False where a statement takes too long, which may wait for a process."""
-        held = self._lock.acquire(timeout=PATIENCE)
-        if held:
-            self.close()
-        return held
-
-    def after_fork(self) -> None:
-        """Goes on in the process that forked, where `before_fork` was true."""
-        self._lock.release()
-
     def in_child(self) -> None:
         """Begins anew in the child."""
         self._lock = threading.RLock()
@@ -75,28 +62,10 @@ class Connection:
 CONNECTIONS: weakref.WeakSet[Connection] = weakref.WeakSet()
 
 
-class Fork(threading.local):
-    """What a thread has to undo after its fork; others may fork at the same time."""
-
-    def __init__(self) -> None:
-        self.connections: list[Connection] = []
-        self.held: list[Connection] = []
-
-    def before(self) -> None:
-        self.connections = list(CONNECTIONS)
-        self.held = [connection for connection in self.connections if connection.before_fork()]
-
-    def after(self) -> None:
-        for connection in self.held:
-            connection.after_fork()
-        self.connections, self.held = [], []
-
-    def in_child(self) -> None:
-        for connection in self.connections:
-            connection.in_child()
-        self.connections, self.held = [], []
+def _in_child() -> None:
+    for connection in list(CONNECTIONS):
+        connection.in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    _fork = Fork()
-    os.register_at_fork(before=_fork.before, after_in_parent=_fork.after, after_in_child=_fork.in_child)
+    os.register_at_fork(after_in_child=_in_child)
