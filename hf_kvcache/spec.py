@@ -167,18 +167,20 @@ class CacheSpec:
                 f"{policy.scorer.name!r} multiplies its score by norms of values, and {policy.selector.name!r}, which "
                 "expects attention alone, does so again; leave value_norm out"
             )
-        if policy is not None and not self.evicting:
-            found.append(
-                f"{policy.scorer.name!r} will drop nothing: it evicts from layers with full attention, and here are "
-                "none, but layers whose window or state bounds what they keep; leave the method out, or, where prompts "
-                "are shorter than the window, load the model with sliding_window=None in its configuration"
+        if not self.evicting:
+            none = (
+                "layers with full attention, and here are none, but layers whose window or state bounds what they keep"
             )
-        for slot in ("codec", "store"):
-            if slot in self.filled_by and not self.evicting:
+            if policy is not None:
                 found.append(
-                    f"{self.filled_by[slot]!r} will do nothing: it is for what layers with full attention keep, and "
-                    "here are none, but layers whose window or state bounds what they keep; leave the method out"
+                    f"{policy.scorer.name!r} will drop nothing: it evicts from {none}; leave the method out, or, where "
+                    "prompts are shorter than the window, load the model with sliding_window=None in its configuration"
                 )
+            found += [
+                f"{self.filled_by[slot]!r} will do nothing: it is for what is kept by {none}; leave the method out"
+                for slot in ("codec", "store")
+                if slot in self.filled_by
+            ]
         return found
 
     def check(self) -> None:

@@ -19,14 +19,18 @@ def gradients(model, ids, **kwargs):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def assert_same_gradients(actual, expected, atol):
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=atol, msg=name)
+
+
 @every_family
 def test_gradients_of_an_unshared_model_are_the_unpatched_ones(family):
     ids = random_ids(batch=2, length=14)
     expected = gradients(copy.deepcopy(original(family)).train(), ids)
     actual = gradients(patched(family, "none").train(), ids)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_gradients(actual, expected, 1e-5)
 
 
 @quiet_checkpointing
@@ -37,9 +41,7 @@ def test_gradients_with_checkpointing_are_those_without(family):
     expected = gradients(model, ids)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     actual = gradients(model, ids)
-    assert actual.keys() == expected.keys()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_gradients(actual, expected, 1e-6)
 
 
 @quiet_checkpointing

@@ -100,7 +100,7 @@ def test_who_reads_waits_for_nobody_who_writes(store, pages, held, first):
     assert store.counts.failures == 0 and len(list(store.entries())) == 4
 
 
-def test_nothing_open_is_carried_over_a_fork(store, pages):
+def test_a_child_uses_nothing_that_was_open_before_the_fork(store, pages):
     assert not store.backend._writing.closed and not store.backend._reading.closed
     assert forked(partial(written, store, chain(3, 1)))
     assert None not in put_chain(store, chain(3, 2))
