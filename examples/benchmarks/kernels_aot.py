@@ -58,6 +58,7 @@ class Facts:
     """What became of it."""
 
     registers: int
+    instructions: int
     spilled: int
     shared: int
     tensor_cores: bool
@@ -66,6 +67,12 @@ class Facts:
     @property
     def main_loop(self) -> collections.Counter:
         return max(self.loops, key=lambda loop: loop.total(), default=collections.Counter())
+
+    def run(self, turns: float) -> float:
+        """Instructions that a warp runs: those of the main loop, or of all the program when its loops take `turns`."""
+        if not turns:
+            return self.main_loop.total()
+        return self.instructions + (turns - 1) * sum(loop.total() for loop in self.loops)
 
 
 def compiled(case: Case, architecture: int) -> Facts:
@@ -94,10 +101,10 @@ def compiled(case: Case, architecture: int) -> Facts:
         assembly = _run(tools / "nvdisasm", "-c", cubin)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     loops = list(loops_of(assembly))
-    instructions = [line for line, _ in _instructions(assembly)]
+    instructions = [name for name, operands in _instructions(assembly) if operands]
     spilled = sum(name.startswith(("LDL", "STL")) for name in instructions)
     tensor_cores = any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in instructions)
-    return Facts(registers, spilled, made.metadata.shared, tensor_cores, loops)
+    return Facts(registers, len(instructions), spilled, made.metadata.shared, tensor_cores, loops)
 
 
 def _run(tool: Path, *arguments: Any) -> str:
@@ -138,9 +145,9 @@ def row_of(case: Case, architecture: int) -> dict[str, Any]:
     facts = compiled(case, architecture)
     loop = facts.main_loop
     spilled = sum(count for one in facts.loops for name, count in one.items() if name.startswith(("LDL", "STL")))
-    each = loop.total() / case.elements if case.elements else None
+    each = facts.run(case.turns) / case.elements if case.elements else None
     limit = None
-    if each:
+    if each and case.bytes_each:
         limit = MULTIPROCESSORS * 128 * CLOCK / each * case.bytes_each / BANDWIDTH
     wrong = [
         what

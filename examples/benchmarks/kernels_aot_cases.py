@@ -25,8 +25,10 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
-    # numbers decoded by a lane in one turn of the loop, and bytes that each of them is read from
+    # numbers that a lane computes in one turn of the loop; or in the whole program, whose loops take so many turns
     elements: float = 0.0
+    turns: float = 0.0
+    # bytes that each number is read from
     bytes_each: float = 0.0
     budget: float | None = None
     tensor_cores: bool = True
