@@ -41,8 +41,9 @@ def patch_model(
 
     Args:
         model: a decoder-only model of a supported family, or a PEFT model around one. Only this instance changes.
-        method: names joined by `+`, a `Method`, a list of either, or None for our cache with nothing lost. A patched
-            model is unpatched first, but a plan that is part of the model (yoco, yoco++) stays until `unpatch_model`.
+        method: names joined by `+`, a `Method`, a list of either, or None (also `"none"`) for our cache with nothing
+            lost. A patched model is unpatched first, but a plan that is part of the model (yoco, yoco++) stays until
+            `unpatch_model`.
         tokenizer: for methods that calibrate on text; None to look for one at the place the model was loaded from.
         options: flat options of the named methods, e.g. `share=0.25`.
 

@@ -13,8 +13,12 @@ from hf_kvcache.methods import METHODS, Method, SnapKV
 MethodLike = str | Method | None
 
 
+# how tables name our cache with nothing lost
+NO_METHOD = "none"
+
+
 def resolve(method: MethodLike | Sequence[str | Method], options: dict[str, Any]) -> list[Method]:
-    """Turns `"kvsharer+offload"`, an instance, a list of either, or None into methods.
+    """Turns `"kvsharer+offload"`, an instance, a list of either, or None (also `"none"`) into methods.
 
     Args:
         method: what the user named.
@@ -63,7 +67,7 @@ def split_names(text: str) -> list[str]:
 
 
 def _parts(method: MethodLike | Sequence[str | Method]) -> list[str | Method]:
-    if method is None:
+    if method is None or method == NO_METHOD:
         return []
     given = list(method) if isinstance(method, Iterable) and not isinstance(method, str) else [method]
     parts: list[str | Method] = []

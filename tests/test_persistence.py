@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from hf_kvcache import Fp8, KVSharer, Offload, SharingPlan, StreamingLLM, TurboQuant, load_cache, new_cache, patch_model
+from hf_kvcache import (
+    H2O,
+    TOVA,
+    Fp8,
+    KVSharer,
+    Offload,
+    SharingPlan,
+    SnapKV,
+    StreamingLLM,
+    TurboQuant,
+    load_cache,
+    new_cache,
+    patch_model,
+)
 from hf_kvcache.measure import cache_bytes
 from hf_kvcache.testing import random_ids, tiny_model
 
@@ -127,3 +140,24 @@ def test_a_cache_of_another_codec_is_refused_where_eviction_goes_on(tmp_path):
     patch_model(model, StreamingLLM(budget=16, every=4))
     with pytest.raises(ValueError, match=r"codec TurboQuantCodec\(.* has DenseCodec\(.*patch it with the method"):
         load_cache(model, tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("saved", [None, H2O(budget=0.5), TOVA(budget=0.5, every=4)])
+def test_a_cache_without_what_eviction_remembers_is_refused(saved, tmp_path):
+    model = patch_model(tiny_model("llama"), saved)
+    filled_cache(model, random_ids(length=40)).save(tmp_path / "cache.safetensors")
+    patch_model(model, H2O(budget=0.5, every=4))
+    with pytest.raises(ValueError, match=r"without attention_received.*patch it with the method that made it"):
+        load_cache(model, tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("own", [None, TOVA(budget=0.5, every=4), SnapKV(budget=0.5, every=4, window=4)])
+def test_what_another_eviction_remembered_is_left_behind(own, tmp_path):
+    model = patch_model(tiny_model("llama"), H2O(budget=0.5, every=4))
+    filled_cache(model, random_ids(length=40)).save(tmp_path / "cache.safetensors")
+    patch_model(model, own)
+    cache = load_cache(model, tmp_path / "cache.safetensors")
+    with torch.no_grad():
+        for token in random_ids(length=12, seed=1).split(1, dim=1):
+            assert model(token, past_key_values=cache).logits.isfinite().all()
+    assert "attention_received" not in cache.layers[0].segments[0].held

@@ -30,7 +30,6 @@ from hf_kvcache.resolve import option_names, resolve, split_names
 
 FOLLOWING = 128
 DECODED = 16
-NO_METHOD = "none"
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Setting:
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def given(self) -> str | None:
-        """The method, as `patch_model` takes it."""
-        return None if self.method == NO_METHOD else self.method
 
     @property
     def label(self) -> str:
@@ -130,7 +124,7 @@ def run_bench(
     """
     settings = list(settings)
     for setting in settings:
-        resolve(setting.given, setting.options)
+        resolve(setting.method, setting.options)
     warn_of_half_precision(model)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.jsonl"
@@ -205,7 +199,7 @@ class _Bench:
             self._full = references(self.model, self.windows)
 
     def __call__(self, setting: Setting) -> tuple[dict[str, float], list[list[float]]]:
-        patch_model(self.model, setting.given, tokenizer=self.tokenizer, **setting.options)
+        patch_model(self.model, setting.method, tokenizer=self.tokenizer, **setting.options)
         try:
             figures, heads = self._fidelity()
             for name, made in self.tasks.items():

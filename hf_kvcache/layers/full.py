@@ -357,6 +357,7 @@ class KVCacheLayer(OwnLayer):
             "entry": self.entry,
             "prompt_length": self.prompt_length,
             "copies": self.copies,
+            "carried": [] if self.evictor is None else self.evictor.carried,
         }
         tensors = {
             f"segments.{index}.{name}": tensor
@@ -373,9 +374,18 @@ class KVCacheLayer(OwnLayer):
         """The inverse of `describe`."""
         self.reset()
         own, every = self.settings.codec, self.evictor is not None and self.evictor.every
+        wanted = () if self.evictor is None else self.evictor.carried
+        # what another method carried along is of no use to this one
+        foreign = set(described.get("carried", ())).difference(wanted)
         for index, segment in enumerate(described["segments"]):
             prefix = f"segments.{index}."
-            payload = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            held = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            payload = {name: tensor for name, tensor in held.items() if name not in foreign}
+            if missing := set(wanted).difference(payload):
+                raise ValueError(
+                    f"the cache was saved without {', '.join(sorted(missing))} of its tokens, by which this model's "
+                    "eviction chooses while it decodes; patch it with the method that made it"
+                )
             self.segments.append(Segment.restore(segment, payload, own, self.settings.store, device))
             if every and self.segments[-1].codec != own:
                 raise ValueError(

@@ -52,3 +52,14 @@ def test_a_third_party_method_needs_no_registration():
     cache = model(ids).past_key_values
     assert cache.spec.sharing.source_layers == (0, 0, 0, 0)
     assert report(cache).ratio == pytest.approx(4.0)
+
+
+def test_the_name_none_is_the_cache_with_nothing_lost():
+    model = fresh("llama")
+    expected = greedy(patch_model(model), random_ids())
+    assert torch.equal(greedy(patch_model(model, "none"), random_ids()), expected)
+    assert not new_cache(model).spec.filled_by
+    with pytest.raises(ValueError, match="unknown method 'none'"):
+        patch_model(model, "none+snapkv")
+    with pytest.raises(ValueError, match="option 'bits' belongs to"):
+        patch_model(model, "none", bits=4)
