@@ -209,6 +209,11 @@ def compress(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None 
         ...     ids = torch.cat([context_ids, question_ids], dim=1)
         ...     model.generate(ids, past_key_values=copy.deepcopy(cache))
     """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor [B, T], got {type(input_ids).__name__}; a tokenizer makes one: "
+            'compress(model, **tokenizer(text, return_tensors="pt"))'
+        )
     if input_ids.dim() != 2 or not input_ids.shape[1]:
         raise ValueError(f"input_ids must be [B, T] with T >= 1, got shape {tuple(input_ids.shape)}")
     if chunk < 0:

@@ -11,9 +11,9 @@ from hf_kvcache.codecs.codebooks import MIN_DIM
 
 
 def check_bits(name: str, bits: object, valid: Sequence[float]) -> None:
-    """Raises when `bits` is not one of `valid`."""
+    """Raises when the bits of the numbers `name` are not one of `valid`."""
     if isinstance(bits, bool) or bits not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}, got {bits!r}")
+        raise ValueError(f"the bits of {name} must be one of {', '.join(map(str, valid))}, got {bits!r}")
 
 
 def check_width(dim: int) -> None:

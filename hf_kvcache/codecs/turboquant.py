@@ -64,8 +64,8 @@ class TurboQuantCodec:
     seed: int = 0
 
     def __post_init__(self):
-        check_bits("key_bits", self.key_bits, BITS)
-        check_bits("value_bits", self.value_bits, BITS)
+        check_bits("keys", self.key_bits, BITS)
+        check_bits("values", self.value_bits, BITS)
 
     def check_fit(self, dim: int) -> None:
         check_width(dim)

@@ -76,8 +76,8 @@ class PaperTurboQuantCodec(ChunkedCodec):
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        check_bits("key_bits", self.key_bits, PROD_BITS if self.variant == "prod" else BITS)
-        check_bits("value_bits", self.value_bits, BITS)
+        check_bits("keys", self.key_bits, PROD_BITS if self.variant == "prod" else BITS)
+        check_bits("values", self.value_bits, BITS)
 
     def check_fit(self, dim: int) -> None:
         check_width(dim)

@@ -52,8 +52,8 @@ class UniformCodec(ChunkedCodec):
     block: int = 0
 
     def __post_init__(self):
-        check_bits("key_bits", self.key_bits, BITS)
-        check_bits("value_bits", self.value_bits, BITS)
+        check_bits("keys", self.key_bits, BITS)
+        check_bits("values", self.value_bits, BITS)
         if self.key_axis not in AXES:
             raise ValueError(f"key_axis must be one of {', '.join(AXES)}, got {self.key_axis!r}")
         if not isinstance(self.group_size, int) or self.group_size < 8:

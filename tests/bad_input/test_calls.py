@@ -143,3 +143,10 @@ def test_a_prompt_that_is_not_copied_as_announced(model):
     cache.expect(8, copies=3)
     with refused(ValueError, "3 copies", "4 rows"):
         model(random_ids(batch=4, length=8), past_key_values=cache)
+
+
+@pytest.mark.parametrize("given", ["a text", [1, 2, 3]])
+def test_a_context_that_is_no_tensor(model, given):
+    patch_model(model, "streamingllm", budget=8)
+    with pytest.raises(TypeError, match=rf"must be a tensor .*, got {type(given).__name__}; a tokenizer makes one"):
+        compress(model, given)

@@ -74,7 +74,7 @@ def test_outlier_channels_get_the_extra_bit(bits):
 def test_outlier_channels_must_fit():
     with pytest.raises(ValueError, match="multiple of 8 between 8 and 56 at head_dim 64, got 60"):
         PaperTurboQuantCodec(2.5, 4, outlier_channels=60).encode(torch.ones(3, 64), torch.ones(3, 64))
-    with pytest.raises(ValueError, match=r"key_bits must be one of 2, 3, 4, got 2\.5"):
+    with pytest.raises(ValueError, match=r"the bits of keys must be one of 2, 3, 4, got 2\.5"):
         PaperTurboQuantCodec(2.5, 4, variant="prod")
     with pytest.raises(ValueError, match="variant must be one of mse, prod, got 'qjl'"):
         PaperTurboQuantCodec(variant="qjl")

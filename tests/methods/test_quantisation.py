@@ -63,14 +63,14 @@ def test_all_fill_one_slot():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 5}, "key_bits must be one of 2, 3, 4, 8, got 5"),
-        ({"bits": 2.5}, "key_bits must be one of 2, 3, 4, 8, got 2.5"),
-        ({"value_bits": 1}, "value_bits must be one of"),
+        ({"bits": 5}, "the bits of keys must be one of 2, 3, 4, 8, got 5"),
+        ({"bits": 2.5}, "the bits of keys must be one of 2, 3, 4, 8, got 2.5"),
+        ({"value_bits": 1}, "the bits of values must be one of"),
         ({"bits": [4, 4, 7]}, "must be one of 2, 3, 4, 8, got 7"),
         ({"key_bits": 16}, "16 bits are for keys and values together, got 16 and 4"),
         ({"mode": "fast"}, "mode must be one of practical, paper, got 'fast'"),
         ({"variant": "prod"}, "belong to mode='paper'"),
-        ({"mode": "paper", "variant": "prod", "bits": 3.5}, "key_bits must be one of 2, 3, 4, got 3.5"),
+        ({"mode": "paper", "variant": "prod", "bits": 3.5}, "the bits of keys must be one of 2, 3, 4, got 3.5"),
         ({"mode": "paper", "outlier_channels": 32}, "outlier_channels belongs to 2.5 and 3.5 bits"),
         ({"boundary_bits": 4}, "boundary_bits must be 8 or 16, got 4"),
         ({"boundary_layers": -1}, "boundary_layers must not be negative"),
@@ -113,7 +113,7 @@ def test_heads_that_a_codec_does_not_fit_are_refused_before_a_forward(method, di
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 6}, "key_bits must be one of"),
+        ({"bits": 6}, "the bits of keys must be one of"),
         ({"key_axis": "head"}, "key_axis must be one of channel, token, got 'head'"),
         ({"group_size": 4}, "group_size must be a whole number of at least 8, got 4"),
         ({"residual_length": -3}, "residual_length"),

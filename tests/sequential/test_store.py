@@ -311,8 +311,12 @@ def test_urls_and_options_are_checked(tmp_path):
         PrefixStore(tmp_path, limit_bytes=0)
     with pytest.raises(ValueError, match="secret"):
         PrefixStore(tmp_path, secret=b"x" * 65)
-    with pytest.raises(ValueError, match="nonsense"):
+    with pytest.raises(ValueError, match=r"no driver opens the store nonsense://place: .*pass a folder"):
         PrefixStore("nonsense://place")
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError, match=r"needs a folder that it can write to.*file"):
+            PrefixStore(path)
     assert isinstance(open_backend(f"file://{tmp_path}"), Directory)
 
 

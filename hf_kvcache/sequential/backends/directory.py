@@ -66,7 +66,13 @@ class Directory:
         self.path, self.secret, self.durable = Path(path).absolute(), secret, durable
         # who reads does not wait for who writes, who may wait for other processes
         self._writing, self._reading = Connection(self._opened), Connection(self._opened_to_read)
-        (self.path / "pages").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "pages").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            # of the kind that it is, in words that say what the folder was for
+            raise type(error)(
+                error.errno, f"a store of pages needs a folder that it can write to: {error.strerror}", str(self.path)
+            ) from None
 
     def write(self, entry: Entry, data: bytes) -> None:
         place = self._place(entry.key)

@@ -53,6 +53,11 @@ class FileSystem:
             self.files, folder = fsspec.core.url_to_fs(url, use_listings_cache=False, **(options or {}))
         except ImportError as error:
             raise ModuleNotFoundError(f"the store {url} needs a driver that is not installed: {error}") from None
+        except ValueError as error:
+            raise ValueError(
+                f"no driver opens the store {url}: {error}; pass a folder, redis://... or a URL that fsspec knows, "
+                "such as s3://bucket/folder"
+            ) from None
         self.folder = folder.rstrip("/")
 
     def write(self, entry: Entry, data: bytes) -> None:
