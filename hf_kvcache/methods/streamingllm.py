@@ -37,6 +37,5 @@ class StreamingLLM(ScoringMethod):
     sinks: int = 4
 
     def score(self, observation: Observation) -> Tensor:
-        # what is held of a head lies in the order of the sequence, so the column says what is more recent
-        columns = torch.arange(observation.num_tokens, device=observation.key.device, dtype=torch.float32)
-        return columns.expand(observation.key.shape[:3])
+        # of the sequence, not of the rectangle: a row must score alike in any batch, since criticalkv multiplies scores
+        return observation.places.to(torch.float32)

@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from hf_kvcache import new_cache, patch_model
-from hf_kvcache.methods import H2O, RKV, TOVA, DefensiveKV, Random, SnapKV, Uniform
+from hf_kvcache.methods import (
+    H2O,
+    RKV,
+    TOVA,
+    CriticalKV,
+    DefensiveKV,
+    KeyDiff,
+    Knorm,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    Uniform,
+)
 from hf_kvcache.testing import left_pad, live_bytes, random_ids, tiny_model
 from tests.eviction.triples import DECODING, TRIPLES, methods_of
 
@@ -114,9 +126,10 @@ def read_in_turn(model, parts):
     return torch.stack(found, dim=1), kept
 
 
-@pytest.mark.parametrize("padding", ["behind the prompt", "before the second turn"])
+@pytest.mark.parametrize("padding", ["before the prompt", "behind the prompt", "before the second turn"])
+@pytest.mark.parametrize("selector", ["top-k", "criticalkv"])
 @pytest.mark.parametrize(
-    "method",
+    "scorer",
     [
         SnapKV(budget=24, window=16, every=8),
         DefensiveKV(budget=24, window=16, every=8),
@@ -124,12 +137,15 @@ def read_in_turn(model, parts):
         H2O(budget=16, every=8),
         TOVA(budget=16, every=8),
         Random(budget=24, every=8),
+        StreamingLLM(budget=0.4, every=3),
+        Knorm(budget=24, every=8),
+        KeyDiff(budget=24, every=8),
     ],
     ids=lambda method: method.name,
 )
-def test_padding_anywhere_changes_nothing_while_decoding(method, padding):
-    model = patch_model(tiny_model("llama"), method)
-    lengths = [(40, 33)] if padding == "behind the prompt" else [(40, 40), (20, 14)]
+def test_padding_anywhere_changes_nothing_while_decoding(scorer, selector, padding):
+    model = patch_model(tiny_model("llama"), [scorer, CriticalKV()] if selector == "criticalkv" else scorer)
+    lengths = [(40, 40), (20, 14)] if padding == "before the second turn" else [(40, 33)]
     turns = [[random_ids(length=n, seed=seed + n)[0] for seed, n in enumerate(of_rows)] for of_rows in lengths]
     if padding == "behind the prompt":
         together = [tuple(part.flip(1) for part in left_pad([row.flip(0) for row in rows])) for rows in turns]
