@@ -204,7 +204,9 @@ def call_generate(case):
 
 
 def call_padded(case):
-    rows = [random_ids(length=case.rng.randint(20, 50), seed=seed)[0] for seed in range(3)]
+    # rows have one tail: where the window is a share, what a short row lets go of stays dense in none of them
+    shortest = 35 if any(isinstance(getattr(method, "window", 0), float) for method in case.methods) else 20
+    rows = [random_ids(length=case.rng.randint(shortest, 50), seed=seed)[0] for seed in range(3)]
     ids, mask = left_pad(rows)
     together, _ = generated(case.model, ids, attention_mask=mask)
     for index, row in enumerate(rows):

@@ -19,7 +19,8 @@ class Fp8(Method):
     """Fills the codecs of all layers with `Fp8Codec`.
 
     Args:
-        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`.
+        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`, and no more than
+            eviction always keeps of the shortest prompt of a batch.
         block_size: how many later tokens are encoded at once; 0 leaves all of them dense.
     """
 

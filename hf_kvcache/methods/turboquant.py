@@ -34,7 +34,8 @@ class TurboQuant(Method):
         outlier_channels: of the paper's 2.5 and 3.5 bits: channels with one bit more; None for half of them.
         boundary_layers: how many of the first and as many of the last layers keep `boundary_bits`.
         boundary_bits: 8, or 16 for layers that stay as they are.
-        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`.
+        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`, and no more than
+            eviction always keeps of the shortest prompt of a batch.
         block_size: how many later tokens are encoded at once; 0 leaves all of them dense.
         seed: of the rotation.
     """

@@ -25,7 +25,8 @@ class Uniform(Method):
         key_bits, value_bits: instead of `bits`, for keys or values alone.
         key_axis: `"channel"`, as KIVI, or `"token"`.
         group_size: numbers that share a step and a zero, which take four bytes.
-        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`.
+        residual_length: how many of the latest tokens of a prompt stay dense; none with `every`, and no more than
+            eviction always keeps of the shortest prompt of a batch.
         block_size: how many later tokens are encoded at once; 0 leaves all of them dense.
     """
 
