@@ -163,12 +163,10 @@ class Layout:
             out `[S, H_kv, M, D]` and lse `[S, H_kv, M]`; an empty run has out 0 and lse -inf.
         """
         if self.uniform:
-            owners = torch.arange(self.rows * self.heads, device=query.device).view(self.rows, self.heads)
-            state = attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, owners)
-            return state if beside is None else merge_states(*state, *beside)
+            state = attend_block(0, (self.rows, self.heads, self.lengths[0][0]), query, None, None)
+            return _joined(state, beside, query.dtype)
         if attend_runs is not None:
-            state = attend_runs(*self.work(query.device), query)
-            return state if beside is None else merge_states(*state, *beside)
+            return _joined(attend_runs(*self.work(query.device), query), beside, query.dtype)
         plan = self._plan(query.device)
         parts = []
         if len(plan.block_owner):
@@ -187,7 +185,7 @@ class Layout:
             return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
         outs, lses = (torch.cat(part) for part in zip(*parts, strict=True))
         out, lse = merge_partials(outs, lses, plan.part_owner[: len(lses)], self.rows * self.heads + 1)
-        return out[:-1].view(query.shape), lse[:-1].view(query.shape[:-1])
+        return out[:-1].view(query.shape).to(query.dtype), lse[:-1].view(query.shape[:-1])
 
     def work(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The stretches of all runs, for a kernel that takes runs of unequal length: (work, parts)."""
@@ -229,6 +227,12 @@ class Layout:
             if len(owner):
                 part_owner.append(torch.where(rest[heads] > 0, heads, len(run)))
         return _Plan(block_owner.to(device), rests, torch.cat([*part_owner, run]).to(device))
+
+
+def _joined(
+    state: tuple[Tensor, Tensor], beside: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return (state[0].to(dtype), state[1]) if beside is None else merge_states(*state, *beside)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 which is exactly softmax attention over the union of the two blocks (Flash-Decoding, FlashInfer). A part that saw no key
 at all has lse = -inf and weight 0.
 
-Shapes: out `[..., M, D]`, lse `[..., M]` in float32.
+Shapes: out `[..., M, D]`, lse `[..., M]` in float32. The result has the dtype of the second part; the first may be in
+float32 beside it.
 """
 
 import torch
@@ -20,7 +21,7 @@ LIBRARY.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor ls
 def merge_states_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     # two parts without a key give nan (-inf - -inf); any weight is right there, both outputs being zero
     weight = torch.sigmoid(lse_a - lse_b).nan_to_num(0.5).unsqueeze(-1)
-    out = torch.lerp(out_b.to(weight.dtype), out_a.to(weight.dtype), weight).to(out_a.dtype)
+    out = torch.lerp(out_b.to(weight.dtype), out_a.to(weight.dtype), weight).to(out_b.dtype)
     return out, torch.logaddexp(lse_a, lse_b)
 
 
@@ -29,7 +30,7 @@ with_triton("merge_states", merge_states_reference)
 
 @torch.library.impl(LIBRARY, "merge_states", "Meta")
 def _(out_a, lse_a, out_b, lse_b):
-    return torch.empty_like(out_a), torch.empty_like(lse_a)
+    return torch.empty_like(out_b), torch.empty_like(lse_a)
 
 
 torch.library.register_autograd("hf_kvcache::merge_states", refuse_gradient("merge_states"), lib=LIBRARY)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from hf_kvcache.autocast import autocasts
 from hf_kvcache.cache import KVCache
 from hf_kvcache.layers import KVCacheLayer
-from hf_kvcache.layers.fixed import FixedTail
+from hf_kvcache.layers.fixed import FixedTail, Places
 from hf_kvcache.patches.rotary import length_dependent
 from hf_kvcache.spec import STATE, CacheSpec
 from hf_kvcache.stores import DeviceStore
+from hf_kvcache.tail import Tail
 
 # tokens that a recorded step can serve at most, and those that it must be able to serve: recording costs a few steps
 MOST, LEAST = 256, 8
@@ -67,7 +68,7 @@ class Step:
         passed: arguments of the forward that it was made with.
         ids, positions: `[B, 1]` of the token.
         alive: boolean `[B]`, False where it is padding.
-        places: by the length of a tail when it was made: int64 `[1]`, where its next token goes.
+        places: of tails, by their length and memory when it was made.
         tails: of every layer that holds KV.
         taken: tokens since.
         replay: None where nothing is recorded.
@@ -81,7 +82,7 @@ class Step:
     ids: Tensor
     positions: Tensor
     alive: Tensor
-    places: dict[int, Tensor]
+    places: dict[tuple[int, int], Places]
     tails: tuple[FixedTail, ...] = ()
     taken: int = 0
     replay: Callable[[], None] | None = None
@@ -103,6 +104,11 @@ class Step:
 
 def parts_of(layers: list[KVCacheLayer]) -> tuple[Any, ...]:
     return tuple(part for layer in layers for part in (*layer.segments, *layer.tail.tensors()))
+
+
+def size_of(tail: Tail) -> tuple[int, int]:
+    """Tails of one size hold tokens in the same places."""
+    return tail.length, tail.capacity
 
 
 class CompiledDecode:
@@ -200,17 +206,13 @@ class CompiledDecode:
             ids=torch.zeros_like(ids),
             positions=torch.zeros_like(ids),
             alive=torch.ones(len(ids), dtype=torch.bool, device=ids.device),
-            places={length: torch.zeros(1, dtype=torch.int64, device=ids.device) for length in lengths},
+            places={},
         )
-        step.tails = tuple(
-            FixedTail(
-                layer.tail,
-                None if mask is None else mask[:, layer.seen - layer.tail.length : layer.seen],
-                step.places[length],
-                step.alive,
-            )
-            for layer, length in zip(layers, lengths, strict=True)
-        )
+        for layer in layers:
+            tail, first = layer.tail, layer.seen - layer.tail.length
+            if size_of(tail) not in step.places:
+                step.places[size_of(tail)] = Places(tail, None if mask is None else mask[:, first : layer.seen])
+        step.tails = tuple(FixedTail(layer.tail, step.places[size_of(layer.tail)]) for layer in layers)
         self.steps[cache] = step
         return step
 
@@ -219,8 +221,8 @@ class CompiledDecode:
         layers, mask, positions = layers_of(cache), kwargs.get("attention_mask"), kwargs.get("position_ids")
         step.ids.copy_(kwargs["input_ids"])
         step.positions.copy_(layers[0].seen + torch.zeros_like(step.ids) if positions is None else positions)
-        for length, place in step.places.items():
-            place.fill_(length + step.taken)
+        for (length, _), places in step.places.items():
+            places.next.fill_(length + step.taken)
         if mask is not None:
             step.alive.copy_(mask[:, -1].bool())
         # streams and graphs are of the current device, which need not be the model's
@@ -248,6 +250,8 @@ class CompiledDecode:
 
     def _run(self, step: Step, cache: KVCache) -> Any:
         """The forward, on the tensors of the step; its output without the cache, which a step must not keep alive."""
+        for places in step.places.values():
+            places.take(step.alive)
         with fixed(cache, step.tails):
             output = self.original(
                 input_ids=step.ids,

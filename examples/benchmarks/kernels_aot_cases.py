@@ -83,7 +83,7 @@ def code_cases() -> Iterator[Case]:
 
 def dense_cases() -> Iterator[Case]:
     """Decode attention over dense keys and values, and what joins partial results."""
-    from hf_kvcache.kernels.triton_ops import decode_attention, merge_states
+    from hf_kvcache.kernels.triton_ops import decode_attention, merge_states, prepare_query
 
     numbers = [f"{name}_{axis}" for name in "qkv" for axis in ("run", "head", "row")]
     numbers += ["mask_run", "mask_head", "mask_row", "mask_token"]
@@ -106,9 +106,17 @@ def dense_cases() -> Iterator[Case]:
             tensor_cores=dtype != "fp32",
             architectures=ARCHITECTURES if (dtype, dim, columns, ragged) == ("bf16", 128, 8, True) else (90,),
         )  # fmt: skip
+    made = prepare_query.configuration(128)
+    warps = made.pop("num_warps")
+    yield Case(
+        "prepare_query bf16, head_dim 128", prepare_query.prepare_kernel,
+        dict(Q="*bf16", TURN="*fp32", MEAN="*bf16", OWNERS="*i64", OUT="*fp32", SHIFT="*fp32")
+        | dict.fromkeys(("heads", "queries", "last", "q_run", "q_head", "q_row"), "i32"),
+        made | dict(MEANS=True, OWNED=True), warps, 1,
+    )  # fmt: skip
     yield Case(
         "merge_states bf16, head_dim 128", merge_states.merge_kernel,
-        dict(A="*bf16", LSE_A="*fp32", B="*bf16", LSE_B="*fp32", OUT="*bf16", LSE="*fp32", rows="i32"),
+        dict(A="*fp32", LSE_A="*fp32", B="*bf16", LSE_B="*fp32", OUT="*bf16", LSE="*fp32", rows="i32"),
         dict(DIM=128, WIDE=128, N=8, UPCAST=False), 4, 1, tensor_cores=False,
     )  # fmt: skip
     yield Case(

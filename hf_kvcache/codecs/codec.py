@@ -75,11 +75,12 @@ class Codec(Protocol):
             softcap: tanh cap of the scores, 0 for none.
             mask: boolean (True = attend) or additive (0 and -inf), broadcastable to the query's `[R, H, M]` x T; None
                 when all are attended.
-            owners: `[R, H]` of the query: whose entries each head reads. A part that several heads read holds entries
-                of all of them, and the mask shows each its own.
+            owners: `[R, H]` of the query: whose entries each head reads; None when head h of row r reads those of owner
+                r * H + h. A part that several heads read holds entries of all of them, and the mask shows each its own.
 
         Returns:
-            out `[R, H, M, D]` and lse `[R, H, M]`; a row that attends to nothing has out 0 and lse -inf.
+            out `[R, H, M, D]`, in the dtype of the query or in float32, and lse `[R, H, M]`; a row that attends to
+            nothing has out 0 and lse -inf.
         """
         ...
 

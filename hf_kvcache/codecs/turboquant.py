@@ -31,6 +31,7 @@ from hf_kvcache.codecs.scalar import stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of
 from hf_kvcache.kernels.encode_entries import chosen, encode_entries, of_owners
 from hf_kvcache.kernels.library import has_kernel
+from hf_kvcache.kernels.prepare_query import prepare_query
 from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
 BITS = (2, 3, 4, 8)
@@ -111,11 +112,10 @@ class TurboQuantCodec:
     ) -> tuple[Tensor, Tensor]:
         rows, heads, tokens = shape
         entries = slice(start, start + rows * heads * tokens)
-        turned = self._rotation(query)
-        exact = query.to(torch.float32)
+        rotation = self._rotation(query)
         key_levels, value_levels = self._levels(query)
-        shift = self._shift(exact, payload["mean"], owners)
-        folded, mask = one_reader(exact @ turned, heads, tokens, mask)
+        turned, shift = self._prepared(query, payload, owners)
+        folded, mask = one_reader(turned, heads, tokens, mask)
         out, lse = code_attention(
             folded,
             (payload["key_codes"][entries], payload["key_scale"][entries], key_levels),
@@ -125,7 +125,7 @@ class TurboQuantCodec:
             scale=scale,
             softcap=softcap,
         )
-        return (out.view(query.shape) @ turned.T).to(query.dtype), lse.view(query.shape[:3])
+        return out.view(query.shape) @ rotation.T, lse.view(query.shape[:3])
 
     def attends_runs(self, payload: Payload, query: Tensor) -> bool:
         key, value = (
@@ -137,21 +137,19 @@ class TurboQuantCodec:
     def attend_runs(
         self, payload: Payload, work: Tensor, parts: Tensor, query: Tensor, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
-        turned = self._rotation(query)
-        exact = query.to(torch.float32)
         key_levels, value_levels = self._levels(query)
-        owners = torch.arange(query.shape[0] * query.shape[1], device=query.device).view(query.shape[:2])
+        turned, shift = self._prepared(query, payload)
         out, lse = ragged_code_attention(
-            exact @ turned,
+            turned,
             (payload["key_codes"], payload["key_scale"], key_levels),
             (payload["value_codes"], payload["value_scale"], value_levels),
             work,
             parts,
-            self._shift(exact, payload["mean"], owners),
+            shift,
             scale=scale,
             softcap=softcap,
         )
-        return (out @ turned.T).to(query.dtype), lse
+        return out @ self._rotation(query).T, lse
 
     def select(self, payload: Payload, index: Tensor, owners: Tensor | None = None) -> Payload:
         return select_entries(payload, index, owners, of_owners=("mean",))
@@ -179,14 +177,9 @@ class TurboQuantCodec:
             "mean": mean,
         }
 
-    def _shift(self, query: Tensor, mean: Tensor, owners: Tensor | None) -> Tensor | None:
-        """q . mean `[R, H, M]`."""
-        if not self.center:
-            return None
-        means = mean.to(torch.float32)
-        means = means[:1, None] if owners is None else means[owners.clamp(max=len(means) - 1)]
-        # means may have been made in inference mode, which autograd refuses; what this goes to has no gradient anyway
-        return (query.detach() @ means.unsqueeze(3)).squeeze(3)
+    def _prepared(self, query: Tensor, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The query as the codes are rotated, and q . mean `[R, H, M]`."""
+        return prepare_query(query, self._rotation(query), payload["mean"] if self.center else None, owners)
 
     def _rotation(self, like: Tensor) -> Tensor:
         return rotation("hadamard", like.shape[-1], self.seed, like.device)

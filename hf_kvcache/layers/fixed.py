@@ -17,35 +17,48 @@ from hf_kvcache.segment import Segment
 from hf_kvcache.tail import Tail
 
 
-class FixedTail:
-    """All memory of a tail, which must be there already.
+class Places:
+    """Which places of a tail hold a token: the same in every layer whose tail is as long.
 
     Args:
-        tail: of the layer.
-        mask: `[B, length]` of the tokens that the tail holds, 0 for padding; None when there is none.
-        place: int64 `[1]`, where the next token goes.
-        alive: boolean `[B]`, False for a row whose next token is padding.
+        tail: of one of these layers.
+        mask: `[B, length]` of the tokens that it holds, 0 for padding; None when there is none.
+
+    Attributes:
+        next: int64 `[1]`, where the next token goes.
+        valid: boolean `[B, capacity]`.
     """
 
-    def __init__(self, tail: Tail, mask: Tensor | None, place: Tensor, alive: Tensor) -> None:
+    def __init__(self, tail: Tail, mask: Tensor | None) -> None:
+        key, _ = tail.tensors()
+        self.next = torch.zeros(1, dtype=torch.int64, device=key.device)
+        self.valid = torch.zeros(len(key), tail.capacity, dtype=torch.bool, device=key.device)
+        self.valid[:, : tail.length] = True if mask is None else mask.to(key.device).bool()
+
+    def take(self, alive: Tensor) -> None:
+        """Counts the next token in, for the rows `[B]` where it is none of padding."""
+        self.valid.index_copy_(1, self.next, alive[:, None])
+
+
+class FixedTail:
+    """All memory of a tail, which must be there already; `places` says what of it holds a token."""
+
+    def __init__(self, tail: Tail, places: Places) -> None:
         self.key, self.value = tail.tensors()
         for buffer in (self.key, self.value):
             # nothing times a weight of zero is nothing, but for what is not finite
             buffer[:, :, tail.length :] = 0
-        self.place, self.alive = place, alive
-        self.valid = torch.zeros(len(self.key), self.key.shape[2], dtype=torch.bool, device=self.key.device)
-        self.valid[:, : tail.length] = True if mask is None else mask.to(self.key.device).bool()
+        self.places = places
 
     def take(self, key: Tensor, value: Tensor) -> None:
         """Writes key and value `[B, H_kv, 1, D]` of the new token."""
-        self.key.index_copy_(2, self.place, key.to(self.key.dtype))
-        self.value.index_copy_(2, self.place, value.to(self.value.dtype))
-        self.valid.index_copy_(1, self.place, self.alive[:, None])
+        self.key.index_copy_(2, self.places.next, key.to(self.key.dtype))
+        self.value.index_copy_(2, self.places.next, value.to(self.value.dtype))
 
     def attend(self, call: AttentionCall, segments: Sequence[Segment]) -> Tensor:
         """Attention over the tail and what was sealed before it; returns `[B, 1, H_q, D]`."""
         query = call.folded_query(self.key.shape[1])
-        mask = self.valid[:, None, None]
+        mask = self.places.valid[:, None, None]
         state = decode_attention(query, self.key, self.value, mask, scale=call.scale, softcap=call.softcap)
         for segment in segments:
             state = segment.attend(query, call.scale, call.softcap, state)

@@ -110,7 +110,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     dim = out_a.shape[-1]
     wide = power_of_two(dim)
     some = max(1, 1024 // wide)
-    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    out, lse = torch.empty_like(out_b), torch.empty_like(lse_a)
     merge_kernel[(triton.cdiv(lse_a.numel(), some),)](
         out_a, lse_a, out_b, lse_b, out, lse, lse_a.numel(),
         DIM=dim, WIDE=wide, N=some, UPCAST=INTERPRETED and torch.bfloat16 in (out_a.dtype, out_b.dtype), num_warps=4,

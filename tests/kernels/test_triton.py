@@ -269,6 +269,15 @@ def test_merge_states(no_reference, dtype, shape, spread):
     check("lse", lse, (lse_a.double().exp() + lse_b.double().exp()).log(), 1e-6)
 
 
+def test_merging_a_part_in_float32(no_reference):
+    out_a, out_b = draw(3, 5, 33, seed=1), draw(3, 5, 33, seed=2, dtype=torch.bfloat16)
+    lse_a, lse_b = draw(3, 5, seed=3), draw(3, 5, seed=4)
+    out, _ = merge_states(out_a, lse_a, out_b, lse_b)
+    assert out.dtype == torch.bfloat16
+    weight = torch.stack([lse_a, lse_b]).double().softmax(0)[..., None]
+    check("out", out, weight[0] * out_a.double() + weight[1] * out_b.double(), 2 * torch.finfo(torch.bfloat16).eps)
+
+
 def test_merging_parts_without_keys(no_reference):
     out_a, lse_a = draw(4, 16), torch.full((4,), -torch.inf)
     zero = torch.zeros(4, 16)
