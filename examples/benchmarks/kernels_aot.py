@@ -35,7 +35,7 @@ from common import RESULTS
 from kernels_aot_cases import Case, cases
 from roofline import BANDWIDTH, CLOCK, MULTIPROCESSORS
 
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # kernel and target -> why it may be as it is
 EXCUSED = {
     (

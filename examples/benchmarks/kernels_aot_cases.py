@@ -151,8 +151,8 @@ def retention_cases() -> Iterator[Case]:
     strides = [f"{name}_{axis}" for name in ("q", "k", "v") for axis in ("run", "head", "row")]
     gates = ["decay_run", "decay_head", "decay_row"]
     for dtype, dim, value_dim, targets in [
-        ("bf16", 128, 128, ARCHITECTURES), ("bf16", 128, 128, (89,)), ("bf16", 64, 64, (90,)),
-        ("bf16", 64, 128, (90,)), ("bf16", 128, 64, (90,)), ("bf16", 256, 256, (80, 90)), ("bf16", 80, 40, (90,)),
+        ("bf16", 128, 128, ARCHITECTURES), ("bf16", 64, 64, (90,)), ("bf16", 64, 128, (90,)),
+        ("bf16", 128, 64, (90,)), ("bf16", 256, 256, (80, 90)), ("bf16", 80, 40, (90,)),
         ("fp16", 128, 128, (80, 90)), ("fp32", 64, 64, (80, 90)), ("fp32", 128, 128, (90,)),
     ]:  # fmt: skip
         held = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", START="*fp32", OUT=f"*{dtype}", LAST="*fp32")
