@@ -153,35 +153,43 @@ def encoding_cases() -> Iterator[Case]:
 
 
 def retention_cases() -> Iterator[Case]:
-    """Gated retention, chunk by chunk and token by token."""
+    """Gated retention, chunk by chunk and token by token. An element is one number of a token's value."""
     from hf_kvcache.kernels.triton_ops import gated_retention
 
-    strides = [f"{name}_{axis}" for name in ("q", "k", "v", "decay") for axis in ("run", "head", "row")]
-    for dtype, dim, value_dim in [("bf16", 128, 128), ("bf16", 64, 128), ("bf16", 256, 256), ("fp32", 64, 64)]:
-        held = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", DECAY="*fp32", START="*fp32", OUT=f"*{dtype}")
-        held |= dict(LAST="*fp32") | dict.fromkeys(strides, "i32") | dict.fromkeys(("heads", "length"), "i32")
-        made = gated_retention.configuration(dim, value_dim, DTYPES[dtype])
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        common = (dtype, dim, value_dim) == ("bf16", 128, 128)
-        for output in (True, False) if common else (True,):
-            yield Case(
-                f"gated_retention {dtype}, heads of {dim} and {value_dim}, {'outputs' if output else 'states'}",
-                gated_retention.chunk_kernel, held | dict(TOTAL="*fp32", per="i32", parts="i32"),
-                made | dict(OUTPUT=output, STATE=output, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
-                architectures=ARCHITECTURES if common and output else (90,),
-            )  # fmt: skip
-        if not common:
+    strides = [f"{name}_{axis}" for name in ("q", "k", "v") for axis in ("run", "head", "row")]
+    gates = ["decay_run", "decay_head", "decay_row"]
+    for dtype, dim, value_dim, targets in [
+        ("bf16", 128, 128, ARCHITECTURES), ("bf16", 64, 64, (90,)), ("bf16", 64, 128, (90,)),
+        ("bf16", 128, 64, (90,)), ("bf16", 256, 256, (80, 90)), ("bf16", 80, 40, (90,)),
+        ("fp16", 128, 128, (80, 90)), ("fp32", 64, 64, (80, 90)), ("fp32", 128, 128, (90,)),
+    ]:  # fmt: skip
+        held = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", START="*fp32", OUT=f"*{dtype}", LAST="*fp32")
+        held |= dict.fromkeys((*strides, "heads", "length"), "i32")
+        more = dict(GATES="*fp32", FOUND="*fp32", FADED="*fp32") | dict.fromkeys(("chunks", "per", "parts"), "i32")
+        for target in targets:
+            made = gated_retention.configuration(dim, value_dim, DTYPES[dtype], target in (90, 100))
+            warps, stages = made.pop("num_warps"), made.pop("num_stages")
+            for output in (True, False):
+                yield Case(
+                    f"gated_retention {dtype}, heads of {dim} and {value_dim}, {'outputs' if output else 'states'}",
+                    gated_retention.chunk_kernel, held | more,
+                    made | dict(OUTPUT=output, STATE=output, UPCAST=False), warps, stages,
+                    elements=made["N"] * made["COLUMNS"] / 32 / warps,
+                    tensor_cores=dtype != "fp32", architectures=(target,),
+                )  # fmt: skip
+        if targets != ARCHITECTURES:
             continue
         made = gated_retention.step_configuration(dim, value_dim)
         warps = made.pop("num_warps")
         yield Case(
-            f"gated_retention {dtype}, heads of {dim} and {value_dim}, one token", gated_retention.step_kernel, held,
-            made | {"STATE": True}, warps, 1, tensor_cores=False, architectures=(90,),
+            f"gated_retention {dtype}, heads of {dim} and {value_dim}, one token", gated_retention.step_kernel,
+            held | dict(DECAY="*fp32") | dict.fromkeys(gates, "i32"), made | {"STATE": True}, warps, 1,
+            tensor_cores=False, architectures=(90,),
         )  # fmt: skip
     yield Case(
-        "gated_retention, carried states", gated_retention.carry_kernel,
-        dict(FOUND="*fp32", TOTAL="*fp32", START="*fp32", LAST="*fp32", parts="i32", size="i32"),
-        dict(STATE=True, N=1024), 4, 1, tensor_cores=False, architectures=(90,),
+        "gated_retention, sums of gates", gated_retention.gates_kernel,
+        dict(DECAY="*fp32", GATES="*fp32") | dict.fromkeys((*gates, "heads", "length", "chunks"), "i32"),
+        dict(N=64, MANY=gated_retention.MANY), 4, 1, tensor_cores=False, architectures=(90,),
     )  # fmt: skip
 
 

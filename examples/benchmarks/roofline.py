@@ -103,19 +103,25 @@ def select(rows: int, tokens: int) -> Moved:
 
 
 def gated_retention(
-    runs: int, tokens: int, dim: int, value_dim: int, itemsize: int, columns: int = 64, parts: int = 1
+    runs: int, tokens: int, dim: int, value_dim: int, itemsize: int, columns: int = 128, chunk: int = 64, parts: int = 1
 ) -> Moved:
-    """Query, key, value and gates in, outputs and states out. A program has `columns` of the values, and reads all of
-    query and key for them; parts of a long text read keys and values once more for their states."""
-    key, value, state = runs * tokens * dim * itemsize, runs * tokens * value_dim * itemsize, runs * dim * value_dim
-    gates = runs * tokens * FLOAT
-    least = 2 * key + 2 * value + gates + 2 * state * FLOAT
-    programs = -(-value_dim // columns)
-    moved = programs * (2 * key + gates) + 2 * value + 2 * state * FLOAT
-    if parts > 1:
-        # states of the parts: found, read and turned to what they begin with, read again, and written to no purpose
-        moved += programs * (key + gates) + value + 5 * parts * state * FLOAT
-    return Moved(least, moved)
+    """Query, key, value and gates in, outputs and states out.
+
+    A program has `columns` of the values, and reads all of query and key for them. The sums of gates take three numbers
+    a token; all parts of a long text but the last are read once more, for the states that later parts begin with.
+    Nothing is taken to come from the cache.
+    """
+    key, value, state = dim * itemsize, value_dim * itemsize, runs * dim * value_dim * FLOAT
+    least = runs * tokens * (2 * key + 2 * value + FLOAT) + 2 * state
+    programs, chunks = -(-value_dim // columns), -(-tokens // chunk)
+    # a program reads one of the sums twice, as what is left of a state
+    padded = runs * chunks * FLOAT
+    moved = runs * tokens * (2 * programs * key + 2 * value + FLOAT) + 2 * state
+    moved += padded * (3 * chunk + programs * (3 * chunk + 1))
+    before = -(-chunks // parts) * (parts - 1)
+    moved += runs * before * (chunk * (programs * key + value) + programs * (chunk + 1) * FLOAT)
+    # states of the parts: found, and read by all parts behind them, as is the first one
+    return Moved(least, moved + (2 * (parts - 1) + parts * (parts - 1) / 2) * state)
 
 
 def microseconds(number: float) -> float:
@@ -159,7 +165,13 @@ def rows() -> Iterator[dict[str, Any]]:
         for norm, width in (("L2", dim), ("L1", heads * group * dim)):
             yield row(f"value_norm {norm}", size, value_norm(heads, tokens, dim, half, heads, group, width))
         yield row("select", size, select(heads, tokens))
-        yield row("gated_retention, 32 heads", size, gated_retention(32, tokens, dim, dim, half, parts=8))
+        # one program a multiprocessor: four parts of each head, three of which take both passes
+        states, parts = heads * group, MULTIPROCESSORS // (heads * group)
+        name = f"gated_retention bf16, heads of {dim} and {dim}"
+        both = [known.get(f"{name}, {one}") for one in ("outputs", "states")]
+        each = both[0] + both[1] * (parts - 1) / parts if all(both) else None
+        moved = gated_retention(states, tokens, dim, dim, half, parts=parts)
+        yield row("gated_retention, 32 heads", size, moved, states * tokens * dim, each)
     yield row("merge_states, 32 heads", "8", merge_states(8 * 32, dim, half))
 
 

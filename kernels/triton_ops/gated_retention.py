@@ -1,8 +1,12 @@
 """`gated_retention` in Triton: chunk by chunk with the state in registers, or token by token where there are few.
 
 A program has the state of one head, some of its columns. Where there are fewer programs than a GPU runs at once, the
-tokens are cut into parts: the first pass finds what each part adds to the state, `carry_kernel` what each begins with,
-and the second pass computes the outputs. Gates are summed in float32, and states kept in it.
+tokens are cut into parts: a first pass finds what each part but the last adds to the state, and in the second, which
+computes the outputs, a program begins by adding up the parts before its own. Gates are summed up once, before both, in
+float32, and states kept in it.
+
+The state is held as `[columns, dims]`, its transpose: so it is the left operand of every product that it meets, and the
+tensor cores take that one from registers. Only the weights inside a chunk go through shared memory.
 """
 
 from typing import Any
@@ -12,89 +16,127 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_kvcache.kernels.ragged_attention import programs_of
 from hf_kvcache.kernels.triton_ops.launch import INTERPRETED, known, power_of_two
 
 # up to so many tokens one after the other
 FEW = 4
 # parts that the tokens of a head are cut into, at most, and chunks of a part, at least
-PARTS, CHUNKS = 8, 2
+PARTS, CHUNKS = 16, 2
+# chunks that one program sums up the gates of
+MANY = 16
 
 
-@triton.jit
-def chunk_kernel(
-    Q, K, V, DECAY, START, OUT, LAST, TOTAL, heads, length, per, parts,
-    q_run, q_head, q_row, k_run, k_head, k_row, v_run, v_head, v_row, decay_run, decay_head, decay_row,
-    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
-    OUTPUT: tl.constexpr, STATE: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """`per` tokens of one head and COLUMNS numbers of their values.
+@triton.jit(do_not_specialize=["length", "chunks"])
+def gates_kernel(
+    DECAY, GATES, heads, length, chunks, decay_run, decay_head, decay_row, N: tl.constexpr, MANY: tl.constexpr
+):
+    """What the gates of MANY chunks of one head come to, `GATES [runs, chunks, 3, N]`, in float32.
 
-    `START` and `LAST` `[runs * parts, DIM, VALUE_DIM]`, the state before and after, and `TOTAL [runs * parts]`, the sum
-    of the gates, in float32. Without OUTPUT nothing else is written. With ROUND the query meets the
-    state in its own dtype.
+    For every token: the sum of the gates since its chunk began, its own included, in powers of two; how much it still
+    sees of the state that the chunk began with; and how much of it the state holds when the chunk ends.
     """
-    part = tl.program_id(0)
-    run = (part // parts).to(tl.int64)
+    blocks = tl.cdiv(chunks, MANY)
+    run = (tl.program_id(0) // blocks).to(tl.int64)
+    chunk = tl.program_id(0) % blocks * MANY + tl.arange(0, MANY)[:, None]
+    order = tl.arange(0, N)[None, :]
+    token = chunk.to(tl.int64) * N + order
+    DECAY += run // heads * decay_run + run % heads * decay_head
+    gate = tl.load(DECAY + token * decay_row, mask=token < length, other=0).to(tl.float32) * 1.4426950408889634
+    sums = tl.cumsum(gate, 1)
+    later = tl.cumsum(gate, 1, reverse=True) - gate
+    place = GATES + (run * chunks + chunk) * (3 * N) + order
+    tl.store(place, sums, mask=chunk < chunks)
+    tl.store(place + N, tl.exp2(sums), mask=chunk < chunks)
+    tl.store(place + 2 * N, tl.exp2(later), mask=chunk < chunks)
+
+
+@triton.jit(do_not_specialize=["length", "chunks", "per", "parts"])
+def chunk_kernel(
+    Q, K, V, GATES, START, FOUND, FADED, OUT, LAST, heads, length, chunks, per, parts,
+    q_run, q_head, q_row, k_run, k_head, k_row, v_run, v_head, v_row,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr, N: tl.constexpr,
+    OUTPUT: tl.constexpr, STATE: tl.constexpr, ROUND: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """`per` chunks of one head and COLUMNS numbers of their values.
+
+    Without OUTPUT it writes what a part adds to the state, `FOUND [runs, parts - 1, DIM, VALUE_DIM]`, and how much of
+    the state before it is left, `FADED [runs, parts - 1]`, in float32. With it the outputs, and the state after all
+    tokens: `START` (where there is a STATE) and `LAST` are `[runs, DIM, VALUE_DIM]`. With ROUND the state meets the
+    query in the query's dtype, else in float32 with PRECISION.
+    """
+    columns: tl.constexpr = (VALUE_DIM + COLUMNS - 1) // COLUMNS
+    size: tl.constexpr = DIM * VALUE_DIM
+    # programs that read the same queries and keys are side by side
+    item = tl.program_id(0) // columns
+    walked = parts if OUTPUT else parts - 1
+    part = item % walked
+    run = (item // walked).to(tl.int64)
     batch, head = run // heads, run % heads
     Q += batch * q_run + head * q_head
     K += batch * k_run + head * k_head
     V += batch * v_run + head * v_head
-    DECAY += batch * decay_run + head * decay_head
+    OUT += run * length * VALUE_DIM
+    GATES += run * chunks * (3 * N)
+    FOUND += run * (parts - 1) * size
+    FADED += run * (parts - 1)
     dims, order = tl.arange(0, WIDE), tl.arange(0, N)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) % columns * COLUMNS + tl.arange(0, COLUMNS)
     real, held = (dims < DIM)[None, :], (column < VALUE_DIM)[None, :]
-    place = part.to(tl.int64) * (DIM * VALUE_DIM) + dims[:, None] * VALUE_DIM + column[None, :]
-    kept = (dims < DIM)[:, None] & held
-    state = tl.load(START + place, mask=kept, other=0) if STATE else tl.zeros([WIDE, COLUMNS], tl.float32)
-    total = tl.full([], 0, tl.float32)
-    first = part % parts * per
-    for start in range(first, tl.minimum(first + per, length), N):
-        token = (start + order).to(tl.int64)
-        inside = token < length
-        key = tl.load(K + token[:, None] * k_row + dims[None, :], mask=inside[:, None] & real, other=0)
-        value = tl.load(V + token[:, None] * v_row + column[None, :], mask=inside[:, None] & held, other=0)
-        gate = tl.load(DECAY + token * decay_row, mask=inside, other=0).to(tl.float32)
+    place = dims[None, :] * VALUE_DIM + column[:, None]
+    kept = real & (column < VALUE_DIM)[:, None]
+    state = tl.zeros([COLUMNS, WIDE], tl.float32)
+    if OUTPUT:
+        if STATE:
+            state = tl.load(START + run * size + place, mask=kept, other=0)
+        for earlier in range(0, part):
+            state *= tl.load(FADED + earlier)
+            state += tl.load(FOUND + earlier * size + place, mask=kept, other=0)
+    left = tl.full([], 1, tl.float32)
+    first = part * per
+    past = tl.minimum(first + per, chunks)
+    for step in range(first, past):
+        # the first pass goes backwards: no sum waits for another, and the second finds what was read last in the cache
+        chunk = step if OUTPUT else first + past - 1 - step
+        begin = tl.cast(chunk, tl.int64) * N
+        inside = (order < length - chunk * N)[:, None]
+        gates = GATES + chunk * (3 * N)
+        key = tl.load(K + begin * k_row + (order[:, None] * k_row + dims[None, :]), mask=inside & real, other=0)
+        value = tl.load(V + begin * v_row + (order[:, None] * v_row + column[None, :]), mask=inside & held, other=0)
+        share = tl.load(gates + 2 * N + order)
+        whole = tl.load(gates + 2 * N - 1)
         if UPCAST:
             key, value = key.to(tl.float32), value.to(tl.float32)
-        decay = tl.cumsum(gate, 0)
-        whole = tl.sum(gate, 0)
+        value = tl.trans(value)
         if OUTPUT:
-            query = tl.load(Q + token[:, None] * q_row + dims[None, :], mask=inside[:, None] & real, other=0)
+            query = tl.load(Q + begin * q_row + (order[:, None] * q_row + dims[None, :]), mask=inside & real, other=0)
+            sums = tl.load(gates + order)
+            seen = tl.load(gates + N + order)
             if UPCAST:
                 query = query.to(tl.float32)
-            since = tl.where(order[:, None] >= order[None, :], decay[:, None] - decay[None, :], float("-inf"))
-            weights = tl.dot(query, tl.trans(key), input_precision="tf32x3") * tl.exp(since)
+            query = tl.trans(query)
+            # keys are the rows; masked before the exponential, and after the product, whose registers it would take
+            weights = tl.dot(key, query, input_precision=PRECISION)
+            since = tl.where(order[:, None] <= order[None, :], sums[None, :] - sums[:, None], float("-inf"))
+            weights = (weights * tl.exp2(since)).to(value.dtype)
             if ROUND:
-                out = tl.dot(query, state.to(query.dtype), input_precision="tf32x3") * tl.exp(decay)[:, None]
+                out = tl.dot(state.to(query.dtype), query, input_precision=PRECISION)
             else:
-                out = tl.dot(query.to(tl.float32), state, input_precision="tf32x3") * tl.exp(decay)[:, None]
-            out = tl.dot(weights.to(value.dtype), value, out, input_precision="tf32x3")
-            target = OUT + (run * length + token[:, None]) * VALUE_DIM + column[None, :]
-            tl.store(target, out, mask=inside[:, None] & held)
-        faded = (key.to(tl.float32) * tl.exp(whole - decay)[:, None]).to(value.dtype)
-        state = tl.dot(tl.trans(faded), value, state * tl.exp(whole), input_precision="tf32x3")
-        total += whole
-    tl.store(LAST + place, state, mask=kept)
-    if tl.program_id(1) == 0:
-        tl.store(TOTAL + part, total)
-
-
-@triton.jit
-def carry_kernel(FOUND, TOTAL, START, LAST, parts, size, STATE: tl.constexpr, N: tl.constexpr):
-    """N numbers of the states of one head: what every part begins with `[runs * parts, size]`, from what each adds.
-
-    The first part begins with `LAST [runs, size]` where there is a STATE; the last state takes its place.
-    """
-    run = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * N + tl.arange(0, N)
-    inside = number < size
-    state = tl.load(LAST + run * size + number, mask=inside, other=0) if STATE else tl.zeros([N], tl.float32)
-    for part in range(0, parts):
-        place = (run * parts + part) * size + number
-        tl.store(START + place, state, mask=inside)
-        state = state * tl.exp(tl.load(TOTAL + run * parts + part)) + tl.load(FOUND + place, mask=inside, other=0)
-    tl.store(LAST + run * size + number, state, mask=inside)
+                out = tl.dot(state, query.to(tl.float32), input_precision=PRECISION)
+            out = tl.dot(value, weights, out * seen[None, :], input_precision=PRECISION)
+            target = OUT + begin * VALUE_DIM + (order[:, None] * VALUE_DIM + column[None, :])
+            tl.store(target, tl.trans(out).to(OUT.dtype.element_ty), mask=inside & held)
+            state *= whole
+        else:
+            share *= left
+            left *= whole
+        faded = (value.to(tl.float32) * share[None, :]).to(value.dtype)
+        state = tl.dot(faded, key, state, input_precision=PRECISION)
+    if not OUTPUT:
+        tl.store(FOUND + part * size + place, state, mask=kept)
+        if tl.program_id(0) % columns == 0:
+            tl.store(FADED + part, left)
+    elif part == parts - 1:
+        tl.store(LAST + run * size + place, state, mask=kept)
 
 
 @triton.jit
@@ -135,66 +177,79 @@ def gated_retention(
     if state is not None and (state.dtype != torch.float32 or state.device != query.device):
         return NotImplemented
     query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    runs, size = batch * heads, dim * value_dim
+    runs = batch * heads
     out = query.new_empty(*query.shape[:-1], value_dim)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *log_decay.stride())
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     start = query if state is None else state.contiguous()
+    last = query.new_empty(batch, heads, dim, value_dim, dtype=torch.float32)
     if length <= FEW:
-        last = query.new_empty(batch, heads, dim, value_dim, dtype=torch.float32)
         made = step_configuration(dim, value_dim)
         step_kernel[(runs, triton.cdiv(value_dim, made["COLUMNS"]))](
-            query, key, value, log_decay, start, out, last, heads, length, *strides, STATE=state is not None, **made
-        )
-        return out, last
-    made = configuration(dim, value_dim, query.dtype)
-    columns = triton.cdiv(value_dim, made["COLUMNS"])
-    parts = parts_for(runs * columns, triton.cdiv(length, made["N"]), query.device)
-    per = triton.cdiv(triton.cdiv(length, made["N"]), parts) * made["N"]
-    parts = triton.cdiv(length, per)
-    made["UPCAST"] = INTERPRETED and query.dtype == torch.bfloat16
-    grid = (runs * parts, columns)
-    found = query.new_empty(runs * parts, dim, value_dim, dtype=torch.float32)
-    total = query.new_empty(runs * parts, dtype=torch.float32)
-    numbers = (heads, length, per, parts, *strides)
-    if parts == 1:
-        chunk_kernel[grid](
-            query, key, value, log_decay, start, out, found, total, *numbers, OUTPUT=True, STATE=state is not None,
-            **made,
+            query, key, value, log_decay, start, out, last, heads, length, *strides, *log_decay.stride(),
+            STATE=state is not None, **made,
         )  # fmt: skip
-        return out, found.view(batch, heads, dim, value_dim)
-    chunk_kernel[grid](
-        query, key, value, log_decay, start, out, found, total, *numbers, OUTPUT=False, STATE=False, **made
+        return out, last
+    made = configuration(dim, value_dim, query.dtype, wide_tensor_cores(query.device))
+    columns, chunks = triton.cdiv(value_dim, made["COLUMNS"]), triton.cdiv(length, made["N"])
+    parts = parts_for(runs * columns, chunks, made["num_warps"], query.device)
+    per = triton.cdiv(chunks, parts)
+    parts = triton.cdiv(chunks, per)
+    gates = query.new_empty(runs, chunks, 3, made["N"], dtype=torch.float32)
+    gates_kernel[(runs * triton.cdiv(chunks, MANY),)](
+        log_decay, gates, heads, length, chunks, *log_decay.stride(), N=made["N"], MANY=MANY, num_warps=4
     )
-    begun, last = torch.empty_like(found), torch.empty_like(found[:runs])
-    if state is not None:
-        last.copy_(state.flatten(0, 1))
-    carry_kernel[(runs, triton.cdiv(size, 1024))](
-        found, total, begun, last, parts, size, STATE=state is not None, N=1024, num_warps=4
-    )
-    chunk_kernel[grid](
-        query, key, value, log_decay, begun, out, found, total, *numbers, OUTPUT=True, STATE=True, **made
-    )
-    return out, last.view(batch, heads, dim, value_dim)
+    found = query.new_empty(runs, parts - 1, dim, value_dim, dtype=torch.float32)
+    faded = query.new_empty(runs, parts - 1, dtype=torch.float32)
+    made["UPCAST"] = INTERPRETED and query.dtype == torch.bfloat16
+    given = (query, key, value, gates, start, found, faded, out, last, heads, length, chunks, per, parts, *strides)
+    if parts > 1:
+        chunk_kernel[(runs * (parts - 1) * columns,)](*given, OUTPUT=False, STATE=False, **made)
+    chunk_kernel[(runs * parts * columns,)](*given, OUTPUT=True, STATE=state is not None, **made)
+    return out, last
 
 
-def parts_for(programs: int, chunks: int, device: torch.device) -> int:
-    """Into how many parts the tokens of a head are cut, by the programs that there are without that."""
-    return max(1, min(PARTS, programs_of(device) // programs, chunks // CHUNKS))
+def wide_tensor_cores(device: torch.device) -> bool:
+    """Whether four warps multiply as one, out of 227 KB of shared memory: data centre GPUs since Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def configuration(dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """What the chunk kernel is compiled for: the columns of a state that four warps hold in registers."""
-    small = dtype == torch.bfloat16 and max(dim, value_dim) <= 128
-    return {
+def parts_for(programs: int, chunks: int, warps: int, device: torch.device) -> int:
+    """Into how many parts the tokens of a head are cut, by the programs that there are without that.
+
+    The registers of a multiprocessor are eight warps' with a state. Elsewhere than on a GPU few, so that tests see
+    several parts.
+    """
+    most = 6
+    if device.type == "cuda":
+        most = torch.cuda.get_device_properties(device).multi_processor_count * 8 // warps
+    return max(1, min(PARTS, most // programs, chunks // CHUNKS))
+
+
+def configuration(dim: int, value_dim: int, dtype: torch.dtype, wide: bool) -> dict[str, Any]:
+    """What the chunk kernel is compiled for: the columns of a state that its warps hold in registers."""
+    half, large, high = dtype != torch.float32, max(dim, value_dim) > 128, power_of_two(dim, 16)
+    made = {"COLUMNS": 32, "N": 32, "num_warps": 4, "num_stages": 2}
+    if half and large:
+        made["num_warps"] = 8
+    elif half and wide:
+        columns = min(power_of_two(value_dim, 16), 128)
+        # a chunk of 64 tokens is the least that `wgmma` takes, and more than four warps hold beside a high state
+        tokens = 64 if dtype == torch.bfloat16 and high <= columns else 32
+        made = {"COLUMNS": columns, "N": tokens, "num_warps": 8 if columns == 128 else 4, "num_stages": 3}
+    elif half:
+        made["COLUMNS"] = 64
+    elif large:
+        made |= {"COLUMNS": 64, "N": 16, "num_stages": 1}
+    elif high > 64:
+        made["N"] = 16
+    return made | {
         "DIM": dim,
         "VALUE_DIM": value_dim,
-        "WIDE": power_of_two(dim, 16),
-        "COLUMNS": min(power_of_two(value_dim, 16), 64 if small else 32),
-        "N": 32,
-        # float16 does not hold every state
+        "WIDE": high,
+        "COLUMNS": min(power_of_two(value_dim, 16), made["COLUMNS"]),
+        # float16 does not hold every state; TF32 does, with as many digits
         "ROUND": dtype == torch.bfloat16,
-        "num_warps": 4 if max(dim, value_dim) <= 128 else 8,
-        "num_stages": 2,
+        "PRECISION": "tf32" if half else "tf32x3",
     }
 
 

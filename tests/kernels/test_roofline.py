@@ -130,5 +130,16 @@ def test_select(roofline, counted):
 def test_retention(roofline, counted, tokens, parts):
     query, key, value = (torch.randn(1, 1, tokens, 64) for _ in range(3))
     gated_retention(query, key, value, -torch.rand(1, 1, tokens), torch.randn(1, 1, 64, 64))
-    expected = roofline.gated_retention(1, tokens, 64, 64, 4, columns=32, parts=parts)
-    assert counted() == pytest.approx(expected.moved, rel=0.02)
+    expected = roofline.gated_retention(1, tokens, 64, 64, 4, columns=32, chunk=32, parts=parts)
+    assert counted() == pytest.approx(expected.moved, rel=0.001)
+
+
+def test_retention_reads_query_and_key_once(roofline, counted):
+    """In the configuration that the table is of: all columns of a state in one program."""
+    from hf_kvcache.kernels.triton_ops import gated_retention as kernels
+
+    made = kernels.configuration(128, 128, torch.bfloat16, wide=True)
+    query, key, value = (torch.randn(1, 2, 300, 128).bfloat16() for _ in range(3))
+    gated_retention(query, key, value, -torch.rand(1, 2, 300), torch.randn(1, 2, 128, 128))
+    expected = roofline.gated_retention(2, 300, 128, 128, 2, made["COLUMNS"], made["N"], parts=2)
+    assert made["COLUMNS"] == 128 and counted() == pytest.approx(expected.moved, rel=0.001)

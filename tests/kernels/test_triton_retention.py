@@ -73,7 +73,7 @@ def test_dimensions_and_dtypes(dims, dtype, error):
 
 
 @pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("length", [64, 150, 301])
+@pytest.mark.parametrize("length", [64, 150, 301, 600])
 def test_parts_of_a_long_text(monkeypatch, state, length):
     """Few heads: the tokens are cut, and what a part begins with is carried to it."""
     from hf_kvcache.kernels.triton_ops import gated_retention as kernels
@@ -84,6 +84,22 @@ def test_parts_of_a_long_text(monkeypatch, state, length):
     check(inputs(length, batch=1, heads=1, state=state), 1e-6)
     # chunks of 32 tokens, two of them at least in a part, and six programs at once
     assert parts == [min(-(-length // 32) // 2, 6)]
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("dtype,error", [(torch.bfloat16, 2.0**-7), (torch.float16, 2.0**-10)], ids=["bf16", "fp16"])
+def test_parts_in_16_bits(monkeypatch, wide, dtype, error):
+    """Chunks of 64 tokens, or of 32, and a state in one program or in two."""
+    from hf_kvcache.kernels.triton_ops import gated_retention as kernels
+
+    monkeypatch.setattr(kernels, "wide_tensor_cores", lambda device: wide)
+    monkeypatch.setattr(kernels, "parts_for", lambda *some: 2)
+    check(inputs(165, 16, 80, dtype, batch=1), error)
+
+
+def test_more_heads_than_programs():
+    """No part then: the state of a head goes through all its chunks."""
+    check(inputs(70, 16, 16, batch=4, heads=2), 1e-6)
 
 
 def test_strong_gates_do_not_overflow():
@@ -98,6 +114,11 @@ def test_views():
     wide = torch.stack([log_decay, log_decay], -1)[..., 0]
     assert not query.is_contiguous() and not wide.is_contiguous()
     check((query, key, value[..., :20], wide, None), 1e-6)
+
+
+def test_gates_of_16_bits():
+    query, key, value, log_decay, state = inputs(70)
+    check((query, key, value, log_decay.bfloat16(), state), 1e-6)
 
 
 def test_the_gradient_is_three_more_calls():
