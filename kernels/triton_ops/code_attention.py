@@ -240,7 +240,7 @@ def launch(
     books = packed_book(key_a, key_b), packed_book(value_a, value_b)
     if work is None:
         tokens = len(key[0]) // runs
-        splits, per = cut(runs, tokens, queries, query.device)
+        splits, per = cut(runs, tokens, queries, query.device, aligned=True)
         stretches = runs * splits
     else:
         tokens, splits, per, stretches = 0, 1, 0, len(work)

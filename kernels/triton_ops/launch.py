@@ -28,14 +28,19 @@ def columns_for(queries: int) -> int:
     return min(power_of_two(queries, 8), MOST_COLUMNS)
 
 
-def cut(runs: int, tokens: int, queries: int, device: torch.device) -> tuple[int, int]:
+def cut(runs: int, tokens: int, queries: int, device: torch.device, aligned: bool = False) -> tuple[int, int]:
     """How the runs of a rectangle are split.
 
+    Args:
+        runs, tokens, queries: how many there are; tokens and queries of each run.
+        device: where.
+        aligned: stretches end at multiples of `TILE` of all entries, so that a run which begins between two of them may
+            need one more.
+
     Returns:
-        stretches a run, and entries a stretch. Stretches end at multiples of `TILE` of all entries, so that a run which
-        begins between two of them may need one more.
+        stretches a run, and entries a stretch.
     """
-    tiles = -(-tokens // TILE) + (1 if runs > 1 and tokens % TILE else 0)
+    tiles = -(-tokens // TILE) + (1 if aligned and runs > 1 and tokens % TILE else 0)
     columns = -(-queries // columns_for(queries))
     length = max(LEAST, -(-runs * tiles * columns // programs_of(device)) * TILE)
     return -(-tiles * TILE // length), length
