@@ -1,8 +1,9 @@
-"""`select` in Triton: the threshold of every row by histograms of 8 bits at a time, then the mask.
+"""`select` in Triton: the threshold of every row, then the mask.
 
-No sort, no indices, no atomics, and no number read back to the host. A row is cut into splits, a program each. Four
-launches count: each program writes the histogram of its split, and the programs of the next launch sum them up to
-know the digit. The last launch sees in the last histograms, too, how many equal scores precede its split.
+No sort, no indices, no atomics, and no number read back to the host. A short row stays in the registers of one program,
+which finds the threshold bit by bit. A long one is cut into splits, a program each, and its threshold found by
+histograms of 8 bits: in each of four launches the programs write those of their splits, and the programs of the next
+launch sum them up to know the digit. The last launch also sees there how many equal scores precede its split.
 """
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 from hf_kvcache.kernels.ragged_attention import programs_of
 from hf_kvcache.kernels.triton_ops.launch import power_of_two
 
-TILE, SPLITS = 2048, 128
+# scores of a tile, splits of a row at most, and scores of a row that one program holds: more take it longer than launches
+TILE, SPLITS, SHORT = 2048, 128, 16384
 
 
 @triton.jit
@@ -24,6 +26,28 @@ def _ordered(SCORE, place, inside):
     bits = tl.where(bits == 0x80000000, 0, bits)
     ordered = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(inside, ordered, 0)
+
+
+@triton.jit
+def row_kernel(SCORE, COUNTS, OUT, tokens, WIDE: tl.constexpr):
+    """The mask of one row of at most WIDE scores."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(COUNTS + row).to(tl.int32)
+    place = tl.arange(0, WIDE)
+    inside = place < tokens
+    ordered = _ordered(SCORE + row * tokens, place, inside)
+    # the largest number that at least `count` scores reach
+    found = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((ordered >= (found | bit)).to(tl.int32), 0)
+        found = tl.where(reached >= count, found | bit, found)
+        bit = bit >> 1
+    above = ordered > found
+    equal = ((ordered == found) & inside).to(tl.int32)
+    rank = tl.cumsum(equal, 0) - equal
+    taken = above | ((equal != 0) & (rank < count - tl.sum(above.to(tl.int32), 0)))
+    tl.store(OUT + row * tokens + place, taken.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -105,6 +129,10 @@ def select(score: Tensor, counts: Tensor) -> Tensor:
     counts = counts.to(score.device).contiguous()
     tokens = score.shape[-1]
     rows = score.numel() // tokens
+    out = torch.empty_like(score, dtype=torch.uint8)
+    if tokens <= SHORT:
+        row_kernel[(rows,)](score, counts, out, tokens, **row_configuration(tokens))
+        return out.view(torch.bool)
     tiles = triton.cdiv(tokens, TILE)
     # two programs a multiprocessor; each sums up the histograms of all splits of its row
     splits = max(1, min(tiles, SPLITS, programs_of(score.device) // (6 * rows)))
@@ -112,7 +140,6 @@ def select(score: Tensor, counts: Tensor) -> Tensor:
     grid = (triton.cdiv(tokens, per), rows)
     histogram = score.new_empty(4, rows, grid[0], 256, dtype=torch.int32)
     found = score.new_empty(3, rows, 2, dtype=torch.int32)
-    out = torch.empty_like(score, dtype=torch.uint8)
     made = configuration(grid[0])
     for turn in range(4):
         count_kernel[grid](score, counts, histogram, found, tokens, per, TURN=turn, **made)
@@ -120,6 +147,12 @@ def select(score: Tensor, counts: Tensor) -> Tensor:
     return out.view(torch.bool)
 
 
+def row_configuration(tokens: int) -> dict[str, int]:
+    """What the kernel of short rows is compiled for: 32 scores a thread, which stay in registers."""
+    wide = power_of_two(tokens, 1024)
+    return {"WIDE": wide, "num_warps": max(4, wide // 1024)}
+
+
 def configuration(splits: int) -> dict[str, int]:
-    """What the kernels are compiled for."""
+    """What the kernels of long rows are compiled for."""
     return {"TILE": TILE, "SPLITS": power_of_two(splits), "num_warps": 8}
