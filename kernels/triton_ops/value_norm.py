@@ -1,7 +1,7 @@
 """`value_norm` in Triton: projection and norm in one kernel, so that the image of the values is never written.
 
 For the L2 norm a program holds the Gram matrices of two members of a group or so and lets its stretch of the values go
-by, once for each such set. M is symmetric, so a quarter of it need not be multiplied: with the values cut in halves,
+by, beside the program of the next two. M is symmetric, so a quarter of it need not be multiplied: with the values cut in halves,
 v M v^T = v_0 . (v_0 M_00 + 2 v_1 M_10) + v_1 . (v_1 M_11). For the L1 norm a program holds values, and the weights go by.
 """
 
@@ -24,43 +24,40 @@ def gram_norm_kernel(
     V, WEIGHT, OUT, tokens, heads, group, per, v_run, v_head, v_row,
     DIM: tl.constexpr, HALF: tl.constexpr, MEMBERS: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """`per` tokens of one run. Products in the dtype of the values, sums in float32."""
-    run = tl.program_id(1).to(tl.int64)
+    """The part of MEMBERS members in the norms of `per` tokens: `OUT [runs, parts, tokens]`. Products in the dtype of
+    the values, sums in float32."""
+    run, part = tl.program_id(2).to(tl.int64), tl.program_id(0)
     head = run % heads
     V += run // heads * v_run + head * v_head
-    OUT += run * tokens
     kind = tl.float32 if UPCAST else V.dtype.element_ty
     low, column = tl.arange(0, HALF), tl.arange(0, MEMBERS * HALF)
     high = HALF + low
-    first = tl.program_id(0) * per
+    member = part * MEMBERS + column // HALF
+    matrix = WEIGHT + ((head * group + member) * DIM * DIM + column % HALF)[None, :]
+    left = ((member < group) & (column % HALF < DIM))[None, :]
+    right = ((member < group) & (HALF + column % HALF < DIM))[None, :]
+    corner = tl.load(matrix + low[:, None] * DIM, mask=(low < DIM)[:, None] & left, other=0)
+    below = tl.load(matrix + high[:, None] * DIM, mask=(high < DIM)[:, None] & left, other=0) * 2
+    last = tl.load(matrix + high[:, None] * DIM + HALF, mask=(high < DIM)[:, None] & right, other=0)
+    corner, below, last = corner.to(kind), below.to(kind), last.to(kind)
+    OUT += (run * tl.num_programs(0) + part) * tokens
+    first = tl.program_id(1) * per
     end = tl.minimum(first + per, tokens)
-    for members in range(0, group, MEMBERS):
-        member = members + column // HALF
-        matrix = WEIGHT + ((head * group + member) * DIM * DIM + column % HALF)[None, :]
-        left = ((member < group) & (column % HALF < DIM))[None, :]
-        right = ((member < group) & (HALF + column % HALF < DIM))[None, :]
-        corner = tl.load(matrix + low[:, None] * DIM, mask=(low < DIM)[:, None] & left, other=0)
-        below = tl.load(matrix + high[:, None] * DIM, mask=(high < DIM)[:, None] & left, other=0) * 2
-        last = tl.load(matrix + high[:, None] * DIM + HALF, mask=(high < DIM)[:, None] & right, other=0)
-        corner, below, last = corner.to(kind), below.to(kind), last.to(kind)
-        for start in range(first, end, TOKENS):
-            token = start + tl.arange(0, TOKENS)
-            inside = token < end
-            place = V + token.to(tl.int64)[:, None] * v_row
-            one = tl.load(place + low[None, :], mask=inside[:, None] & (low < DIM)[None, :], other=0)
-            two = tl.load(place + high[None, :], mask=inside[:, None] & (high < DIM)[None, :], other=0)
-            if UPCAST:
-                one, two = one.to(tl.float32), two.to(tl.float32)
-            image = tl.dot(one, corner, input_precision="tf32x3")
-            image = tl.dot(two, below, image, input_precision="tf32x3")
-            squares = tl.sum(tl.reshape(image, [TOKENS, MEMBERS, HALF]) * one.to(tl.float32)[:, None, :], 2)
-            image = tl.dot(two, last, input_precision="tf32x3")
-            squares += tl.sum(tl.reshape(image, [TOKENS, MEMBERS, HALF]) * two.to(tl.float32)[:, None, :], 2)
-            norms = tl.sum(tl.sqrt(tl.maximum(squares, 0)), 1) / group
-            norms += tl.load(OUT + token, mask=inside & (members > 0), other=0)
-            tl.store(OUT + token, norms, mask=inside)
-        # another thread may add to what this one stored
-        tl.debug_barrier()
+    for start in range(first, end, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        inside = token < end
+        place = V + token.to(tl.int64)[:, None] * v_row
+        one = tl.load(place + low[None, :], mask=inside[:, None] & (low < DIM)[None, :], other=0)
+        two = tl.load(place + high[None, :], mask=inside[:, None] & (high < DIM)[None, :], other=0)
+        if UPCAST:
+            one, two = one.to(tl.float32), two.to(tl.float32)
+        image = tl.dot(one, corner, input_precision="tf32x3")
+        image = tl.dot(two, below, image, input_precision="tf32x3")
+        squares = tl.sum(tl.reshape(image, [TOKENS, MEMBERS, HALF]) * one.to(tl.float32)[:, None, :], 2)
+        image = tl.dot(two, last, input_precision="tf32x3")
+        squares += tl.sum(tl.reshape(image, [TOKENS, MEMBERS, HALF]) * two.to(tl.float32)[:, None, :], 2)
+        norms = tl.sum(tl.sqrt(tl.maximum(squares, 0)), 1) / group
+        tl.store(OUT + token, norms, mask=inside)
 
 
 @triton.jit
@@ -99,17 +96,19 @@ def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
         return NotImplemented
     value, weight = value if value.stride(-1) == 1 else value.contiguous(), weight.contiguous()
     group, runs = weight.shape[1], batch * heads
-    out = value.new_empty(batch, heads, tokens, dtype=torch.float32)
     made: dict[str, Any] = {"UPCAST": INTERPRETED and value.dtype == torch.bfloat16}
     if gram:
         made |= gram_configuration(dim, group, value.element_size())
+        parts = triton.cdiv(group, made["MEMBERS"])
         # three programs a multiprocessor
-        tiles = triton.cdiv(tokens, made["TOKENS"])
-        per = triton.cdiv(tiles, max(2, programs_of(value.device) // (4 * runs))) * made["TOKENS"]
-        gram_norm_kernel[(triton.cdiv(tokens, per), runs)](
+        stretches = max(2, programs_of(value.device) // (4 * runs * parts))
+        per = triton.cdiv(triton.cdiv(tokens, made["TOKENS"]), stretches) * made["TOKENS"]
+        out = value.new_empty(batch, heads, parts, tokens, dtype=torch.float32)
+        gram_norm_kernel[(parts, triton.cdiv(tokens, per), runs)](
             value, weight, out, tokens, heads, group, per, *value.stride()[:3], **made
         )
-        return out
+        return out.sum(2) if parts > 1 else out.squeeze(2)
+    out = value.new_empty(batch, heads, tokens, dtype=torch.float32)
     made |= sum_configuration(dim, value.element_size())
     # once, and not once a program: each reads the weights of a head
     sum_norm_kernel[(triton.cdiv(tokens, made["TOKENS"]), runs)](
