@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_kvcache.kernels.ragged_attention import programs_of
 from hf_kvcache.kernels.triton_ops.launch import power_of_two
 
-# scores of a tile, splits of a row at most, and scores of a row that one program holds: more take it longer than launches
+# scores of a tile, splits of a row at most, and scores of a row up to which one program takes less time than launches
 TILE, SPLITS, SHORT = 2048, 128, 16384
 
 

@@ -51,7 +51,9 @@ def test_window_scores_of_views():
 
 
 @pytest.mark.parametrize("dtype,error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str)
-@pytest.mark.parametrize("tokens,group,dim,width", [(70, 3, 32, 100), (1, 1, 80, 64), (64, 2, 64, 33), (130, 5, 40, 150)])
+@pytest.mark.parametrize(
+    "tokens,group,dim,width", [(70, 3, 32, 100), (1, 1, 80, 64), (64, 2, 64, 33), (130, 5, 40, 150)]
+)
 @pytest.mark.parametrize("gram", [False, True])
 def test_value_norm(dtype, error, tokens, group, dim, width, gram):
     value, weight = draw(2, 2, tokens, dim, dtype=dtype), draw(2, group, dim, width, seed=1)
@@ -64,10 +66,10 @@ def test_value_norm(dtype, error, tokens, group, dim, width, gram):
 
 @pytest.fixture
 def in_splits(backend, monkeypatch):
-    """Rows of more than 256 scores are cut, as they are on a GPU from 16384 on."""
+    """Rows of more than 128 scores are cut, as they are on a GPU from 16384 on."""
     if backend == "triton":
         launcher = import_module("hf_kvcache.kernels.triton_ops.select")
-        for name, number in (("SHORT", 0), ("TILE", 256), ("programs_of", lambda device: 144)):
+        for name, number in (("SHORT", 0), ("TILE", 128), ("programs_of", lambda device: 144)):
             monkeypatch.setattr(launcher, name, number)
 
 
@@ -77,8 +79,7 @@ def test_select(tokens, kind):
     check_selection(tokens, kind)
 
 
-@pytest.mark.parametrize("tokens", [1, 600])
-@pytest.mark.parametrize("kind", ["distinct", "few", "infinite", "negative"])
+@pytest.mark.parametrize("tokens,kind", [(200, "distinct"), (200, "few"), (200, "infinite"), (1, "negative")])
 def test_select_in_splits(in_splits, tokens, kind):
     check_selection(tokens, kind)
 
@@ -104,13 +105,13 @@ def test_the_first_of_equal_scores_are_taken():
     assert mask.tolist() == [[True, True, False, False, True]]
 
 
-@pytest.mark.parametrize("more", [0, 300, 700, 1000])
+@pytest.mark.parametrize("more", [0, 200, 500])
 def test_the_first_of_equal_scores_are_taken_across_splits(in_splits, more):
-    score = torch.zeros(2, 1000)
-    score[0, 999], score[1, ::2] = 1.0, -0.0
-    mask = select(score, torch.tensor([more, 1000 - more]))
-    expected = torch.arange(1000) < torch.tensor([[more - 1], [1000 - more]])
-    expected[0, 999] = more > 0
+    score = torch.zeros(2, 500)
+    score[0, 499], score[1, ::2] = 1.0, -0.0
+    mask = select(score, torch.tensor([more, 500 - more]))
+    expected = torch.arange(500) < torch.tensor([[more - 1], [500 - more]])
+    expected[0, 499] = more > 0
     assert torch.equal(mask, expected)
 
 
