@@ -3,8 +3,8 @@
     n_t = mean over g of || v_t W_g ||_1      or, through the Gram matrix M_g = W_g W_g^T,  of sqrt(v_t M_g v_t^T)
 
 Shapes: value `[B, H_kv, T, D]`, weight `[H_kv, G, D, E]` in float32: W itself with E the size of the residual stream
-for the L1 norm, M with E = D for the L2 norm. Returns `[B, H_kv, T]` in float32. The image of the values, `[T, E]` a
-head, is never held as a whole.
+for the L1 norm, M, which has to be symmetric, with E = D for the L2 norm. Returns `[B, H_kv, T]` in float32. The image
+of the values, `[T, E]` a head, is never held as a whole.
 """
 
 import torch

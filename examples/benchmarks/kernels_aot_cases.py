@@ -194,36 +194,60 @@ def retention_cases() -> Iterator[Case]:
 
 
 def eviction_cases() -> Iterator[Case]:
-    """Scores, norms and selection."""
+    """Scores, norms and selection. The loops of the window scores hold the mask of the last tiles beside what runs for
+    all others, so that their count is about half as much again as what is run."""
     from hf_kvcache.kernels.triton_ops import select, value_norm, window_scores
 
+    group, window = 4, 64
     for dtype, dim in (("bf16", 128), ("fp32", 64)):
-        made = window_scores.configuration(dim)
+        made = window_scores.configuration(dim, group, window, 4 if dtype == "fp32" else 2)
         warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        numbers = ["tokens", "heads", "queries", "window", "k_run", "k_head", "k_row"]
-        types = dict(Q=f"*{dtype}", K=f"*{dtype}", LSE="*fp32", scale="fp32", cap="fp32") | dict.fromkeys(
-            numbers, "i32"
-        )
-        for name, kernel, more in (
-            ("log-sum-exp", window_scores.lse_kernel, dict(per="i32")),
-            ("scores", window_scores.window_scores_kernel, dict(OUT="*fp32")),
+        numbers = ["tokens", "heads", "group", "window", "pieces", "per", "k_run", "k_head", "k_row"]
+        types = dict(Q=f"*{dtype}", K=f"*{dtype}", LSE="*fp32", scale="fp32", cap="fp32")
+        types |= dict.fromkeys(numbers, "i32")
+        for name, kernel, more, constants in (
+            ("log-sum-exp", window_scores.lse_kernel, {}, {}),
+            ("scores", window_scores.window_scores_kernel, {"OUT": "*fp32"}, {"JOINED": window_scores.JOINED}),
         ):
             yield Case(
                 f"window_scores {dtype}, head_dim {dim}, {name}", kernel, types | more,
-                made | dict(CAP=False, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
+                made | constants | dict(CAP=False, UPCAST=False), warps, stages,
+                elements=made["ROWS"] * made["TOKENS"] / 32 / warps, tensor_cores=dtype != "fp32",
                 architectures=ARCHITECTURES if (dtype, dim) == ("bf16", 128) else (90,),
             )  # fmt: skip
-    for dtype, dim, gram in (("bf16", 128, True), ("bf16", 128, False), ("fp32", 64, False)):
-        made = value_norm.configuration(dim)
+    for dtype, dim, gram in (("bf16", 128, True), ("bf16", 128, False), ("bf16", 256, True), ("fp32", 64, False)):
+        itemsize = 4 if dtype == "fp32" else 2
+        held = dict(V=f"*{dtype}", WEIGHT="*fp32" if gram else f"*{dtype}", OUT="*fp32")
+        held |= dict.fromkeys(["tokens", "heads", "group", "v_run", "v_head", "v_row"], "i32")
+        if gram:
+            kernel, made = value_norm.gram_norm_kernel, value_norm.gram_configuration(dim, group, itemsize)
+            held["per"], columns = "i32", made["MEMBERS"] * dim
+        else:
+            kernel, made = value_norm.sum_norm_kernel, value_norm.sum_configuration(dim, itemsize)
+            made["WIDTH"], columns = 4096, made["COLUMNS"]
         warps, stages = made.pop("num_warps"), made.pop("num_stages")
-        numbers = ["tokens", "heads", "group", "width", "v_run", "v_head", "v_row"]
         yield Case(
-            f"value_norm {dtype}, head_dim {dim}, {'L2' if gram else 'L1'}", value_norm.value_norm_kernel,
-            dict(V=f"*{dtype}", WEIGHT="*fp32", OUT="*fp32") | dict.fromkeys(numbers, "i32"),
-            made | dict(DIM=dim, GRAM=gram, UPCAST=False), warps, stages, tensor_cores=dtype != "fp32",
-            architectures=ARCHITECTURES if (dtype, dim, gram) == ("bf16", 128, True) else (90,),
+            f"value_norm {dtype}, head_dim {dim}, {'L2' if gram else 'L1'}", kernel, held, made | dict(UPCAST=False),
+            warps, stages, elements=made["TOKENS"] * columns / 32 / warps, tensor_cores=dtype != "fp32",
+            architectures=ARCHITECTURES if (dtype, dim) == ("bf16", 128) else (90,),
         )  # fmt: skip
+    scored = dict(SCORE="*fp32", COUNTS="*i64", tokens="i32")
+    made = select.row_configuration(8192)
+    warps = made.pop("num_warps")
     yield Case(
-        "select", select.select_kernel, dict(SCORE="*fp32", COUNTS="*i64", OUT="*u8", tokens="i32"),
-        dict(TILE=select.TILE), 8, 1, tensor_cores=False,
+        "select, a row of 8192", select.row_kernel, scored | dict(OUT="*u8"), made, warps, 1,
+        elements=made["WIDE"] / 32 / warps, turns=32, tensor_cores=False,
     )  # fmt: skip
+    made = select.configuration(16)
+    warps = made.pop("num_warps")
+    split = scored | dict(HISTOGRAM="*i32", FOUND="*i32", per="i32")
+    for name, kernel, more, constants in (
+        ("first digit", select.count_kernel, {}, {"TURN": 0}),
+        ("third digit", select.count_kernel, {}, {"TURN": 2}),
+        ("mask", select.mask_kernel, {"OUT": "*u8"}, {}),
+    ):
+        yield Case(
+            f"select, 16 splits, {name}", kernel, split | more, made | constants, warps, 1,
+            elements=select.TILE / 32 / warps, tensor_cores=False,
+            architectures=ARCHITECTURES if name == "third digit" else (90,),
+        )  # fmt: skip

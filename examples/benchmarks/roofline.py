@@ -82,24 +82,38 @@ def encode_entries(entries: int, dim: int, bits: tuple[int, int], itemsize: int,
     return Moved(values + codes + entries * 8 * (gather + owned), values + codes + entries * 8 * (2 * gather + owned))
 
 
-def window_scores(runs: int, tokens: int, dim: int, itemsize: int, group: int, window: int) -> Moved:
-    """Keys in, scores of every query head out. Ours reads the keys for the log-sum-exp, then once a head."""
+def window_scores(
+    runs: int, tokens: int, dim: int, itemsize: int, group: int, window: int, stretches: int = 32
+) -> Moved:
+    """Keys in, scores of every query head out. Ours reads the keys for the log-sum-exp and for the scores, each time
+    once for all of up to 256 query rows, and joins the log-sum-exps of the stretches in every program."""
     keys = runs * tokens * dim * itemsize
     query = runs * group * window * dim * itemsize
     out = runs * group * tokens * FLOAT
-    # queries, log-sum-exps and partial ones stay in the cache
-    return Moved(keys + query + out, keys * (-(-group * window // 64) + group) + query + out)
+    rows = group * max(16, 1 << (window - 1).bit_length())
+    # queries stay in the cache
+    partial = runs * rows * stretches * (1 + stretches) * FLOAT
+    return Moved(keys + query + out, 2 * keys * -(-rows // 256) + query + partial + out)
 
 
-def value_norm(runs: int, tokens: int, dim: int, itemsize: int, heads: int, group: int, width: int) -> Moved:
-    """Values and weights in, norms out. The weights stay in the cache."""
-    number = runs * tokens * (dim * itemsize + FLOAT) + heads * group * dim * width * FLOAT
-    return Moved(number, number)
+def value_norm(
+    runs: int, tokens: int, dim: int, itemsize: int, heads: int, group: int, width: int, parts: int = 1
+) -> Moved:
+    """Values and weights in, norms out. The weights stay in the cache, and so do values that two programs read at once;
+    the norm of a group in several parts is summed up at the end. The L1 norm casts its weights first."""
+    weights = heads * group * dim * width
+    number = runs * tokens * (dim * itemsize + FLOAT) + weights * FLOAT
+    cast = 0 if width == dim else 2 * weights * itemsize
+    return Moved(number, number + cast + (runs * tokens * 2 * parts * FLOAT if parts > 1 else 0))
 
 
-def select(rows: int, tokens: int) -> Moved:
-    """Scores in, a mask out. Ours reads the scores five times."""
-    return Moved(rows * tokens * (FLOAT + 1), rows * tokens * (5 * FLOAT + 1))
+def select(rows: int, tokens: int, splits: int = 1) -> Moved:
+    """Scores in, a mask out. Ours reads a short row once and a long one, in splits, five times; every program reads
+    the four histograms, of 256 numbers, of all splits of its row."""
+    least = rows * tokens * (FLOAT + 1)
+    if splits == 1:
+        return Moved(least, least)
+    return Moved(least, rows * tokens * (5 * FLOAT + 1) + 4 * rows * splits * (1 + splits) * 256 * FLOAT)
 
 
 def gated_retention(
@@ -161,10 +175,16 @@ def rows() -> Iterator[dict[str, Any]]:
             moved = encode_entries(entries, dim, (bits, bits), half, gather=False, owned=True)
             name = f"encode_entries bf16, {bits}+{bits} bits, head_dim {dim}"
             yield row(name, size, moved, 2 * entries * dim, known.get(name))
-        yield row("window_scores, 64 queries", size, window_scores(heads, tokens, dim, half, group, 64))
+        passes = [known.get(f"window_scores bf16, head_dim {dim}, {one}") for one in ("log-sum-exp", "scores")]
+        each = sum(one for one in passes if one) if all(passes) else None
+        window = 64
+        moved = window_scores(heads, tokens, dim, half, group, window)
+        yield row(f"window_scores, {window} queries", size, moved, entries * group * window, each)
         for norm, width in (("L2", dim), ("L1", heads * group * dim)):
-            yield row(f"value_norm {norm}", size, value_norm(heads, tokens, dim, half, heads, group, width))
-        yield row("select", size, select(heads, tokens))
+            moved = value_norm(heads, tokens, dim, half, heads, group, width, parts=2 if norm == "L2" else 1)
+            each = known.get(f"value_norm bf16, head_dim {dim}, {norm}")
+            yield row(f"value_norm {norm}", size, moved, entries * group * width, each)
+        yield row("select", size, select(heads, tokens, splits=1 if tokens <= 16384 else min(32, tokens // 2048)))
         # one program a multiprocessor: four parts of each head, three of which take both passes
         states, parts = heads * group, MULTIPROCESSORS // (heads * group)
         name = f"gated_retention bf16, heads of {dim} and {dim}"

@@ -1,5 +1,6 @@
 """`window_scores`, `value_norm` and `select`: PyTorch and Triton (by its interpreter) against plain formulas."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -23,7 +24,10 @@ def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("tokens,window,group,dim", [(100, 7, 3, 32), (65, 65, 1, 80), (9, 1, 2, 64), (1, 1, 1, 16)])
+@pytest.mark.parametrize(
+    "tokens,window,group,dim",
+    [(100, 7, 3, 32), (65, 65, 1, 80), (9, 1, 2, 64), (1, 1, 1, 16), (270, 260, 1, 16), (140, 60, 5, 32)],
+)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_window_scores(dtype, tokens, window, group, dim, softcap):
     query, key = draw(2, 2, group, window, dim, dtype=dtype), draw(2, 2, tokens, dim, seed=1, dtype=dtype)
@@ -47,7 +51,9 @@ def test_window_scores_of_views():
 
 
 @pytest.mark.parametrize("dtype,error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)], ids=str)
-@pytest.mark.parametrize("tokens,group,dim,width", [(70, 3, 32, 100), (1, 1, 80, 64), (64, 2, 64, 33)])
+@pytest.mark.parametrize(
+    "tokens,group,dim,width", [(70, 3, 32, 100), (1, 1, 80, 64), (64, 2, 64, 33), (130, 5, 40, 150)]
+)
 @pytest.mark.parametrize("gram", [False, True])
 def test_value_norm(dtype, error, tokens, group, dim, width, gram):
     value, weight = draw(2, 2, tokens, dim, dtype=dtype), draw(2, group, dim, width, seed=1)
@@ -58,9 +64,27 @@ def test_value_norm(dtype, error, tokens, group, dim, width, gram):
     torch.testing.assert_close(actual.double(), expected, rtol=error, atol=error)
 
 
+@pytest.fixture
+def in_splits(backend, monkeypatch):
+    """Rows of more than 128 scores are cut, as they are on a GPU from 16384 on."""
+    if backend == "triton":
+        launcher = import_module("hf_kvcache.kernels.triton_ops.select")
+        for name, number in (("SHORT", 0), ("TILE", 128), ("programs_of", lambda device: 144)):
+            monkeypatch.setattr(launcher, name, number)
+
+
 @pytest.mark.parametrize("tokens", [1, 100, 2500])
 @pytest.mark.parametrize("kind", ["distinct", "few", "infinite", "negative"])
 def test_select(tokens, kind):
+    check_selection(tokens, kind)
+
+
+@pytest.mark.parametrize("tokens,kind", [(200, "distinct"), (200, "few"), (200, "infinite"), (1, "negative")])
+def test_select_in_splits(in_splits, tokens, kind):
+    check_selection(tokens, kind)
+
+
+def check_selection(tokens: int, kind: str) -> None:
     score = draw(2, 3, tokens)
     if kind == "few":
         score = score.round()
@@ -79,6 +103,25 @@ def test_select(tokens, kind):
 def test_the_first_of_equal_scores_are_taken():
     mask = select(torch.tensor([[1.0, 0.0, -0.0, 0.0, 2.0]]), torch.tensor([3]))
     assert mask.tolist() == [[True, True, False, False, True]]
+
+
+@pytest.mark.parametrize("more", [0, 200, 500])
+def test_the_first_of_equal_scores_are_taken_across_splits(in_splits, more):
+    score = torch.zeros(2, 500)
+    score[0, 499], score[1, ::2] = 1.0, -0.0
+    mask = select(score, torch.tensor([more, 500 - more]))
+    expected = torch.arange(500) < torch.tensor([[more - 1], [500 - more]])
+    expected[0, 499] = more > 0
+    assert torch.equal(mask, expected)
+
+
+def test_values_that_the_gram_matrix_nearly_cancels():
+    """A negative square is none: rounded, v M v^T of a small v W may fall below 0."""
+    weight = torch.full((1, 1, 32, 8), 1.0)
+    value = torch.tensor([1.0, -1.0]).repeat(16).expand(1, 1, 20, 32) + 1e-4 * draw(1, 1, 20, 32)
+    actual = value_norm(value, weight @ weight.mT, gram=True)
+    exact = torch.einsum("bhtd,hgdw->bhgtw", value.double(), weight.double()).norm(dim=-1)[:, :, 0]
+    torch.testing.assert_close(actual.double(), exact, rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize(

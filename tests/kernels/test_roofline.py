@@ -19,6 +19,8 @@ from hf_kvcache.kernels.encode_entries import encode_entries
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.kernels.merge_states import merge_states
 from hf_kvcache.kernels.select import select
+from hf_kvcache.kernels.value_norm import value_norm
+from hf_kvcache.kernels.window_scores import window_scores
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -123,7 +125,44 @@ def test_encoding(roofline, counted, gather):
 
 def test_select(roofline, counted):
     select(torch.randn(3, 2500), torch.tensor([1, 5, 2000]))
-    assert counted() == pytest.approx(roofline.select(3, 2500).moved, rel=0.001)
+    assert counted() == pytest.approx(roofline.select(3, 2500).moved, rel=0.005)
+
+
+def test_select_in_splits(roofline, counted, monkeypatch):
+    from hf_kvcache.kernels.triton_ops import select as launcher
+
+    for name, number in (("SHORT", 0), ("TILE", 512), ("programs_of", lambda device: 100)):
+        monkeypatch.setattr(launcher, name, number)
+    select(torch.randn(3, 2500), torch.tensor([1, 5, 2000]))
+    assert counted() == pytest.approx(roofline.select(3, 2500, splits=5).moved, rel=0.005)
+
+
+@pytest.mark.parametrize("tokens,group,window,stretches", [(130, 2, 64, 3), (600, 3, 20, 4)])
+def test_window_scores(roofline, counted, tokens, group, window, stretches):
+    """The keys go by twice, whatever the number of query heads."""
+    query, key = torch.randn(1, 2, group, window, 64).half(), torch.randn(1, 2, tokens, 64).half()
+    window_scores(query, key, scale=0.1)
+    expected = roofline.window_scores(2, tokens, 64, 2, group, window, stretches)
+    rows = 32 * 4 if group == 3 else group * window
+    # a group of three has the rows of four in the partial results
+    padding = 2 * (rows - group * max(16, 1 << (window - 1).bit_length())) * stretches * (1 + stretches) * 4
+    assert counted([query]) == expected.moved + padding - 2 * group * window * 64 * 2
+
+
+@pytest.mark.parametrize("gram,group,parts", [(True, 4, 1), (True, 5, 2), (False, 2, 1)])
+def test_value_norm(roofline, counted, gram, group, parts):
+    """The values go by once for each part of a group, and weights not more than that."""
+    value, weight = torch.randn(1, 2, 150, 64).half(), torch.randn(2, group, 64, 64 if gram else 200)
+    value_norm(value, weight @ weight.mT if gram else weight, gram)
+    taken = roofline.value_norm(2, 150, 64, 2, 2, group, weight.shape[3], parts)
+    # the second program of the same values has them from the cache; PyTorch sums up the parts
+    values = 2 * 150 * (64 * 2 * parts + 4 * parts)
+    programs = 2 if gram else 1
+    if gram:
+        assert counted() == values + programs * weight.numel() * 4 * 3 // 4
+    else:
+        assert counted() == values + programs * weight.numel() * 2
+    assert taken.moved >= taken.least
 
 
 @pytest.mark.parametrize("tokens,parts", [(60, 1), (200, 3)])
