@@ -1,15 +1,15 @@
 """`encode_entries` in Triton: gather, rotation, mean, search of the scale and packing of keys and values in one launch.
 
-A program goes through tiles of entries, keys first and then values; the rotation stays in shared memory. It is a product
-for every slot of a word (see `codes.py`), so that the codes of a word lie in one place of as many tensors and packing
-moves nothing between threads. From there on the numbers are small: a vector is divided by its root mean square, and
-two of its numbers go through every instruction in float16 (see `halves.py`). What has to be exact is: with n the vector,
-l the levels of its codes and d = n - l, both small sums of d² and n d give the best scale of these codes,
+A program goes through tiles of entries, keys first and then values; the rotation stays in shared memory. Its columns
+are in such an order that the codes of a word (see `codes.py`) come to lie in one place of as many tensors, and packing
+moves nothing between threads. After it the numbers are small: a vector is divided by its root mean square, and two of
+its numbers go through every instruction, in float16 (see `halves.py`). That is enough, because with n the vector, l the
+levels of its codes and d = n - l, two small sums are all that is needed: the best scale of these codes is
 
     n . l / l . l = (E - n . d) / (E - 2 n . d + d . d),     E = n . n,
 
-and the error that it leaves, d . d - (n . d - d . d)² / l . l, without a difference of large numbers. The nearest level
-comes from a polynomial, which is the inverse of the levels' own.
+and d . d - (n . d - d . d)² / l . l is the error that it leaves. The nearest level comes from a polynomial, which is
+the inverse of the levels' own; the instruction that ends it also clamps.
 """
 
 from functools import lru_cache
@@ -33,22 +33,39 @@ FACTORS = 3
 MAGIC = 1024
 # entries of which the place fits into 32 bits
 MOST = 2**31 - 2**16
-# stretches of attention for which there is a program here: what the registers of a multiprocessor hold
-SHARE = 3
+# stretches of attention for which there is a program here: three on a multiprocessor, as many as its registers hold
+SHARE = 4
 PAIR_OF_MAGIC = tl.constexpr(twice(MAGIC))
 PAIR_OF_HALF = tl.constexpr(twice(0.5))
 LEAST = tl.constexpr(reference.LEAST)
 SMALLEST = tl.constexpr(reference.SMALLEST)
 
 
+@triton.constexpr_function
+def _excess(bits):
+    """What the MAGIC in all places of a word comes to, when each is shifted to its slot and all are added up."""
+    ones = (2 ** (bits * slots(bits) // 2) - 1) // (2**bits - 1)
+    return (PAIR_OF_MAGIC * ones + 2**31) % 2**32 - 2**31
+
+
 @triton.jit
-def _place(number, square, first, third, fifth, last, CURVE: tl.constexpr):
+def _argument(number, CURVE: tl.constexpr):
+    """What the polynomial is one of: absolute values, or squares."""
+    if CURVE == 3:
+        return number & 0x7FFF7FFF
+    return product(number, number)
+
+
+@triton.jit
+def _place(number, argument, k0, k1, k2, k3, last, CURVE: tl.constexpr):
     """The code of the level nearest to a number, plus MAGIC. The polynomial gives the place from -1/2 to 1/2."""
-    if CURVE == 2:
-        third = fused(square, fifth, third)
+    if CURVE == 3:
+        k2 = fused(argument, k3, k2)
+    if CURVE >= 2:
+        k1 = fused(argument, k2, k1)
     if CURVE >= 1:
-        first = fused(square, third, first)
-    return fused(saturated(number, first, constant(PAIR_OF_HALF)), last, constant(PAIR_OF_MAGIC))
+        k0 = fused(argument, k1, k0)
+    return fused(saturated(number, k0, constant(PAIR_OF_HALF)), last, constant(PAIR_OF_MAGIC))
 
 
 @triton.jit
@@ -101,10 +118,11 @@ def _rotated(
 ):  # fmt: skip
     """y plus what some dims of the vectors add to it."""
     dims = start + tl.arange(0, STEP)
-    keep = inside[:, None]
-    if DIM % STEP != 0:
-        keep &= (dims < DIM)[None, :]
-    x = tl.load(X + source[:, None] + dims[None, :], mask=keep, other=0)
+    # entries behind the last are not stored; dims behind the last meet zeros, and must be numbers
+    if DIM % STEP == 0:
+        x = tl.load(X + source[:, None] + dims[None, :], mask=inside[:, None])
+    else:
+        x = tl.load(X + source[:, None] + dims[None, :], mask=inside[:, None] & (dims < DIM)[None, :], other=0)
     if UPCAST:
         x = x.to(tl.float32)
     y = tl.dot(x, turn.to(x.dtype), y, input_precision="tf32x3")
@@ -114,17 +132,27 @@ def _rotated(
 
 
 @triton.jit
-def _source(row, inside, INDEX, heads, tokens, by_row, by_head, by_token, GATHER: tl.constexpr, FLAT: tl.constexpr):
-    """Where the vectors of entries begin."""
+def _quotient(number, factor, shift):
+    """A number below 2^31 divided by what `_reciprocal` was made of."""
+    return (number.to(tl.uint64) * tl.full([], factor, tl.uint64) >> tl.full([], shift, tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def _source(
+    X, tile, row, inside, INDEX, heads, tokens, head_factor, head_shift, token_factor, token_shift,
+    by_row, by_head, by_token,
+    GATHER: tl.constexpr, FLAT: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Where the vectors of entries begin: a pointer, and how far they are from it."""
     if FLAT:
-        return row.to(tl.int64) * by_token
-    if GATHER:
-        row = tl.load(INDEX + row, mask=inside, other=0).to(tl.int32)
-    # unsigned, the division is shorter
-    row, tokens, heads = row.to(tl.uint32), tl.full([], tokens, tl.uint32), tl.full([], heads, tl.uint32)
-    run, token = row // tokens, row % tokens
-    batch, head = run // heads, run % heads
-    return batch.to(tl.int64) * by_row + head.to(tl.int64) * by_head + token.to(tl.int64) * by_token
+        return X + tl.full([], tile * N, tl.int64) * by_token, tl.arange(0, N) * by_token
+    else:
+        if GATHER:
+            row = tl.load(INDEX + row, mask=inside, other=0)
+        row = row.to(tl.int64)
+        run = _quotient(row, token_factor, token_shift)
+        batch = _quotient(run, head_factor, head_shift)
+        return X, batch * by_row + (run - batch * heads) * by_head + (row - run * tokens) * by_token
 
 
 @triton.jit
@@ -143,7 +171,7 @@ def _encode(
     if STEP == ROWS:
         y = _rotated(X, source, inside, 0, y, turn, low, DIM, STEP, EXACT, UPCAST)
     else:
-        for start in range(0, ROWS, STEP):
+        for start in range(0, DIM, STEP):
             place = (start + tl.arange(0, STEP))[:, None] * (SLOTS * WIDE) + tl.arange(0, SLOTS * WIDE)[None, :]
             turn = tl.load(TURN + place)
             low = turn if EXACT else tl.load(LOW + place)
@@ -167,49 +195,46 @@ def _encode(
     best_error = tl.full([N], float("inf"), tl.float32)
     CURVE: tl.constexpr = BOOK[3]
     last, scale, offset = constant(BOOK[0]), constant(BOOK[1]), constant(BOOK[2])
-    first, third, fifth = tl.zeros([N], tl.int32), tl.zeros([N], tl.int32), tl.zeros([N], tl.int32)
+    packed = tl.zeros([N, WIDE], tl.int32)
     for i in tl.static_range(4, len(BOOK)):
-        k1, k3, k5 = constant(BOOK[i][1]), constant(BOOK[i][2]), constant(BOOK[i][3])
-        a, b = constant(BOOK[i][4]), constant(BOOK[i][5])
-        lost, along = (tl.zeros([N, WIDE], tl.int32),) * 2
+        k0, k1, k2, k3 = constant(BOOK[i][1]), constant(BOOK[i][2]), constant(BOOK[i][3]), constant(BOOK[i][4])
+        a, b = constant(BOOK[i][5]), constant(BOOK[i][6])
+        lost = tl.zeros([N, WIDE], tl.int32)
+        along, word = lost, lost
         for j in tl.static_range(HALF):
             number = numbers[j]
-            t = fused(_place(number, product(number, number), k1, k3, k5, last, CURVE), scale, offset)
-            if BOOK[i][5] == 0:
+            place = _place(number, _argument(number, CURVE), k0, k1, k2, k3, last, CURVE)
+            t = fused(place, scale, offset)
+            if BOOK[i][6] == 0:
                 rest = fused(t, a, number)
             else:
                 rest = fused(t, fused(product(t, t), b, a), number)
             if WIDE * SLOTS != DIM:
                 rest = tl.where(real, rest, 0)
             if j == 0:
-                lost, along = product(rest, rest), product(number, rest)
+                lost, along, word = product(rest, rest), product(number, rest), place
             else:
-                lost, along = fused(rest, rest, lost), fused(number, rest, along)
+                lost, along, word = fused(rest, rest, lost), fused(number, rest, along), word + (place << BITS * j)
         lost, along = total(lost), total(along)
         length = energy - 2 * along + lost
         error = lost - (along - lost) * (along - lost) / length
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best_scale = tl.where(better, BOOK[i][0] * (energy - along) / length, best_scale)
-        first = tl.where(better, BOOK[i][1], first)
-        third = tl.where(better, BOOK[i][2], third)
-        fifth = tl.where(better, BOOK[i][3], fifth)
-    packed = tl.zeros([N, WIDE], tl.int32)
-    tops = tl.zeros([N, WIDE], tl.int32)
-    for j in tl.static_range(HALF):
-        number = numbers[j]
-        code = _place(
-            number, product(number, number), first[:, None], third[:, None], fifth[:, None], last, CURVE
-        )  # fmt: skip
-        if BITS == 3:
-            packed |= (code & 0x30003) << (2 * j)
-            tops |= (code >> 2 & 0x10001) << j
-        else:
-            packed |= (code & (2**BITS - 1) * 0x10001) << (BITS * j)
+        packed = tl.where(better[:, None], word, packed)
+    # the codes of both halves, without what the places have above them
+    packed -= _excess(BITS)
     keep = inside[:, None] & real
     WORDS_OF: tl.constexpr = DIM * BITS // 16
     place = row[:, None].to(tl.int64) * WORDS_OF + words[None, :]
-    tl.store(WORDS + place, (packed | packed >> 8).to(tl.uint16), mask=keep)
+    codes = packed
+    if BITS == 3:
+        codes, tops = packed & 0x30003, (packed >> 2) & 0x10001
+        for j in tl.static_range(1, HALF):
+            codes |= (packed >> j) & (0x30003 << 2 * j)
+            tops |= (packed >> (2 + 2 * j)) & (0x10001 << j)
+    # no bit of one half is one of the other, and a sum is one instruction
+    tl.store(WORDS + place, (codes + (codes >> 8)).to(tl.uint16), mask=keep)
     if BITS == 3:
         place = row[:, None].to(tl.int64) * (2 * WORDS_OF) + DIM // 4 + words[None, :]
         tl.store(TOPS + place, (tops | tops >> 12).to(tl.uint8), mask=keep)
@@ -224,7 +249,8 @@ def _encode(
 @triton.jit
 def encode_kernel(
     K, V, INDEX, OWNERS, SHIFT, KEY_TURN, KEY_LOW, VALUE_TURN, VALUE_LOW, KW, KT, KS, VW, VT, VS, entries, tiles, heads,
-    tokens, last_owner, k_row, k_head, k_token, v_row, v_head, v_token, size,
+    tokens, head_factor, head_shift, token_factor, token_shift, last_owner, k_row, k_head, k_token, v_row, v_head,
+    v_token, size,
     DIM: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_WIDE: tl.constexpr, VALUE_WIDE: tl.constexpr, KEY_BOOK: tl.constexpr, VALUE_BOOK: tl.constexpr,
     GATHER: tl.constexpr, FLAT: tl.constexpr, OWNED: tl.constexpr, CENTER: tl.constexpr, EXACT: tl.constexpr,
@@ -239,14 +265,17 @@ def encode_kernel(
     for tile in range(program, tiles, programs):
         row = tile * N + tl.arange(0, N)
         inside = row < entries
-        source = _source(row, inside, INDEX, heads, tokens, k_row, k_head, k_token, GATHER, FLAT)
+        first, source = _source(
+            K, tile, row, inside, INDEX, heads, tokens, head_factor, head_shift, token_factor, token_shift,
+            k_row, k_head, k_token, GATHER, FLAT, N,
+        )  # fmt: skip
         if OWNED:
             owner = tl.load(OWNERS + row, mask=inside, other=0)
             owner = tl.minimum(owner, last_owner).to(tl.int32)
         else:
             owner = tl.zeros([N], tl.int32)
         _encode(
-            K, row, inside, source, KEY_TURN, KEY_LOW, turn, low, SHIFT, owner, KW, KT, KS, size,
+            first, row, inside, source, KEY_TURN, KEY_LOW, turn, low, SHIFT, owner, KW, KT, KS, size,
             DIM, ROWS, STEP, KEY_BITS, KEY_WIDE, KEY_BOOK, OWNED, CENTER, EXACT, UPCAST, N,
         )  # fmt: skip
     VALUE_COLUMNS: tl.constexpr = slots(VALUE_BITS) * VALUE_WIDE
@@ -258,9 +287,12 @@ def encode_kernel(
     for tile in range(program + done - tiles, tiles, programs):
         row = tile * N + tl.arange(0, N)
         inside = row < entries
-        source = _source(row, inside, INDEX, heads, tokens, v_row, v_head, v_token, GATHER, FLAT)
+        first, source = _source(
+            V, tile, row, inside, INDEX, heads, tokens, head_factor, head_shift, token_factor, token_shift,
+            v_row, v_head, v_token, GATHER, FLAT, N,
+        )  # fmt: skip
         _encode(
-            V, row, inside, source, VALUE_TURN, VALUE_LOW, turn, low, SHIFT, row, VW, VT, VS, size,
+            first, row, inside, source, VALUE_TURN, VALUE_LOW, turn, low, SHIFT, row, VW, VT, VS, size,
             DIM, ROWS, STEP, VALUE_BITS, VALUE_WIDE, VALUE_BOOK, False, False, EXACT, UPCAST, N,
         )  # fmt: skip
 
@@ -298,13 +330,14 @@ def encode_entries(
     size = turns[0][2]
     shift = turns[0][0] if mean is None else mean.to(torch.float32) @ by_slots[0][:dim] / size
     index, owners = (None if tensor is None else tensor.to(key.device).contiguous() for tensor in (index, owners))
-    compiled = configuration(dim, *bits, key.dtype.itemsize)
+    compiled = configuration(dim, *bits, key.dtype.itemsize, _hopper(key.device))
     tiles = triton.cdiv(entries, compiled["N"])
     encode_kernel[(min(2 * tiles, programs_of(key.device) // SHARE),)](
         key, value, key if index is None else index, key if owners is None else owners, shift,
         *(turns[0][0] if part is None else part for turn in turns for part in turn[:2]),
         key_codes.view(torch.uint16), key_codes, key_scale, value_codes.view(torch.uint16), value_codes, value_scale,
-        entries, tiles, heads, tokens, 0 if mean is None else len(mean) - 1, *key.stride()[:3], *value.stride()[:3], size,
+        entries, tiles, heads, tokens, *_reciprocal(heads), *_reciprocal(tokens),
+        0 if mean is None else len(mean) - 1, *key.stride()[:3], *value.stride()[:3], size,
         KEY_BOOK=key_book[1:], VALUE_BOOK=value_book[1:], GATHER=index is not None,
         FLAT=index is None and all(_in_one_piece(tensor) for tensor in (key, value)),
         OWNED=owners is not None, CENTER=mean is not None, EXACT=turns[0][1] is None,
@@ -313,17 +346,24 @@ def encode_entries(
     return key_codes, key_scale, value_codes, value_scale
 
 
+def _reciprocal(divisor: int) -> tuple[int, int]:
+    """A factor and a shift to the right that together divide numbers below 2^31."""
+    shift = 31 + (divisor - 1).bit_length()
+    return 2**shift // divisor + 1, shift
+
+
 def _in_one_piece(tensor: Tensor) -> bool:
     """Whether every entry is as far from the next one, through all heads and rows."""
     batch, heads, tokens, _ = tensor.shape
     by_row, by_head, by_token, _ = tensor.stride()
-    return (heads == 1 or by_head == tokens * by_token) and (batch == 1 or by_row == heads * tokens * by_token)
+    near = by_token < 2**24
+    return near and (heads == 1 or by_head == tokens * by_token) and (batch == 1 or by_row == heads * tokens * by_token)
 
 
-def configuration(dim: int, key_bits: int, value_bits: int, itemsize: int) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+def configuration(dim: int, key_bits: int, value_bits: int, itemsize: int, hopper: bool = False) -> dict[str, Any]:
+    """What the kernel is compiled for, on an H100 or H200 or something else."""
     rows = power_of_two(dim, 16)
-    return {
+    made = {
         "DIM": dim,
         "ROWS": rows,
         # all of the rotation stays in shared memory where there is room for it
@@ -332,20 +372,27 @@ def configuration(dim: int, key_bits: int, value_bits: int, itemsize: int) -> di
         "VALUE_BITS": value_bits,
         "KEY_WIDE": power_of_two(dim // slots(key_bits), 16),
         "VALUE_WIDE": power_of_two(dim // slots(value_bits), 16),
-        "N": 64 if itemsize == 2 else 16,
-        "num_warps": 4,
+        # what a group of four warps multiplies at once
+        "N": 64,
+        "num_warps": 4 if dim <= 128 else 8,
         "num_stages": 1,
     }
+    # so that three programs fit on a multiprocessor; elsewhere that would cost spills
+    return made | {"maxnreg": 168} if hopper and dim in (64, 128) and itemsize == 2 else made
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @lru_cache(maxsize=64)
 def placing(levels: tuple[float, ...], factors: tuple[float, ...]) -> tuple[Any, ...] | None:
     """Bits, and what the kernel has to know of levels t (a + b t²), as pairs of float16 numbers.
 
-    These are the last code; two numbers that make of a code plus MAGIC a multiple of t, the number of powers of the
-    polynomial less one; and for every factor what it is, the polynomial's numbers, and -a and -b for such multiples, in root
-    mean squares. The odd polynomial finds the code of a number: it takes the middle between two levels to the middle of
-    their places. None where the levels have no such form, or the polynomial is off by more than a tenth of a step: a
+    These are the last code; two numbers that make of a code plus MAGIC a multiple of t; the number of powers of the
+    polynomial less one; and for every factor what it is, the polynomial's numbers, and -a and -b for such multiples, in
+    root mean squares. The polynomial finds the code of a number: it takes the middle between two levels to the middle
+    of their places. None where the levels have no such form, or the polynomial is off by more than a tenth of a step: a
     number so near to the middle has two levels that are nearly as good.
     """
     book = codebook(torch.tensor(levels, dtype=torch.float64))
@@ -355,22 +402,23 @@ def placing(levels: tuple[float, ...], factors: tuple[float, ...]) -> tuple[Any,
     positive = torch.tensor(levels[2 ** (bits - 1) :], dtype=torch.float64)
     middles = (positive[1:] + positive[:-1]) / 2
     wanted = torch.arange(1.0, len(middles) + 1, dtype=torch.float64)
-    powers = [1, 3, 5][: len(middles)]
-    if b == 0:
-        powers = powers[:1]
+    # of the absolute value, or odd powers
+    powers = [1] if b == 0 else [1, 2, 3, 4] if len(middles) > 3 else [1, 3, 5][: len(middles)]
     basis = torch.stack([middles**power for power in powers], 1)
     found = torch.linalg.lstsq(basis, wanted[:, None]).solution[:, 0]
     off = (basis @ found - wanted).abs().max()
-    places = sum(factor * positive**power for factor, power in zip(found.tolist(), powers, strict=True))
-    wrong = (places - (torch.arange(len(positive)) + 0.5)).abs().max()
-    if off > 0.1 or wrong >= 0.45:
+    # one beyond, up to the largest number that a vector of 256 can have, has the last place
+    numbers = torch.cat([positive, torch.linspace(float(positive[-1]), 32, 1000, dtype=torch.float64)])
+    places = sum(factor * numbers**power for factor, power in zip(found.tolist(), powers, strict=True))
+    wrong = (places[: len(positive)] - (torch.arange(len(positive)) + 0.5)).abs().max()
+    if off > 0.1 or wrong >= 0.45 or places[len(positive) :].min() < len(positive) - 1:
         return None
     last = 2**bits - 1
     scale, offset = _centre(MAGIC + last / 2)
     made: list[Any] = []
     for factor in factors:
         inverse = [number / (factor**power * last) for number, power in zip(found.tolist(), powers, strict=True)]
-        inverse += [0.0] * (3 - len(powers))
+        inverse += [0.0] * (4 - len(powers))
         made.append((factor, *map(twice, (*inverse, -factor * a / scale, -factor * b / scale**3))))
     return bits, twice(last), twice(scale), twice(offset), len(powers) - 1, *made
 

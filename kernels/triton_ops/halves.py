@@ -1,7 +1,7 @@
 """Arithmetic on two float16 numbers at once: an int32 holds a pair, and an instruction computes both.
 
-Neither Triton nor its compilers pair float16 numbers up, so that every operation is a piece of assembly; and a twin of it
-in plain Triton for the interpreter, which rounds as the assembly does.
+Neither Triton nor its compilers pair float16 numbers up, so that every operation is a piece of assembly; and a twin of
+it in plain Triton for the interpreter, which rounds as the assembly does.
 """
 
 import struct
@@ -18,6 +18,10 @@ def twice(number: float) -> int:
     """A pair of one number, as an int32 has it."""
     half = int.from_bytes(struct.pack("<e", number), "little")
     return int.from_bytes(struct.pack("<HH", half, half), "little", signed=True)
+
+
+ZEROS = tl.constexpr(0)
+ONES = tl.constexpr(twice(1.0))
 
 
 @triton.jit
@@ -44,9 +48,26 @@ def paired(low, high):
         return tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", args=(low, high), dtype=tl.int32, is_pure=True, pack=1
         )
-    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-    high = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-    return low | (high << 16)
+    else:
+        low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+        return low | (high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def _twin(a, b, c, SATURATE: tl.constexpr):
+    """a b + c, rounded once."""
+    made = a
+    # without a call for each half: those are what takes time in the interpreter
+    for shift in tl.static_range(0, 32, 16):
+        x = ((a >> shift) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        y = ((b >> shift) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        z = ((c >> shift) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        z = x * y + z
+        if SATURATE:
+            z = tl.minimum(tl.maximum(z, 0.0), 1.0)
+        half = z.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
+        made = half if shift == 0 else made | (half << shift)
+    return made
 
 
 @triton.jit
@@ -56,7 +77,8 @@ def product(a, b):
         return tl.inline_asm_elementwise(
             "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", args=(a, b), dtype=tl.int32, is_pure=True, pack=1
         )
-    return paired(low_of(a) * low_of(b), high_of(a) * high_of(b))
+    else:
+        return _twin(a, b, tl.full([1, 1], ZEROS, tl.int32), False)
 
 
 @triton.jit
@@ -66,7 +88,8 @@ def fused(a, b, c):
         return tl.inline_asm_elementwise(
             "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", args=(a, b, c), dtype=tl.int32, is_pure=True, pack=1
         )
-    return paired(low_of(a) * low_of(b) + low_of(c), high_of(a) * high_of(b) + high_of(c))
+    else:
+        return _twin(a, b, c, False)
 
 
 @triton.jit
@@ -76,8 +99,8 @@ def saturated(a, b, c):
         return tl.inline_asm_elementwise(
             "fma.rn.sat.f16x2 $0, $1, $2, $3;", "=r,r,r,r", args=(a, b, c), dtype=tl.int32, is_pure=True, pack=1
         )
-    low, high = low_of(a) * low_of(b) + low_of(c), high_of(a) * high_of(b) + high_of(c)
-    return paired(tl.minimum(tl.maximum(low, 0.0), 1.0), tl.minimum(tl.maximum(high, 0.0), 1.0))
+    else:
+        return _twin(a, b, c, True)
 
 
 @triton.jit
@@ -87,7 +110,8 @@ def added(a, b):
         return tl.inline_asm_elementwise(
             "add.rn.f16x2 $0, $1, $2;", "=r,r,r", args=(a, b), dtype=tl.int32, is_pure=True, pack=1
         )
-    return paired(low_of(a) + low_of(b), high_of(a) + high_of(b))
+    else:
+        return _twin(a, tl.full([1, 1], ONES, tl.int32), b, False)
 
 
 @triton.jit
@@ -96,4 +120,6 @@ def total(pairs):
     if ASSEMBLY:
         row = tl.reduce(pairs, 1, added)
         return low_of(row) + high_of(row)
-    return tl.sum(low_of(pairs) + high_of(pairs), 1)
+    else:
+        # the interpreter would reduce one number after the other
+        return tl.sum(low_of(pairs) + high_of(pairs), 1)
