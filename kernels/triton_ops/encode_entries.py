@@ -37,7 +37,8 @@ MOST = 2**31 - 2**16
 SHARE = 4
 PAIR_OF_MAGIC = tl.constexpr(twice(MAGIC))
 PAIR_OF_HALF = tl.constexpr(twice(0.5))
-LEAST = tl.constexpr(reference.LEAST)
+# root mean square that counts as zero: squares of it are still numbers, and what is less divided by it is not large
+LEAST = tl.constexpr(1e-18)
 SMALLEST = tl.constexpr(reference.SMALLEST)
 
 
@@ -184,7 +185,7 @@ def _encode(
     for j in tl.static_range(SLOTS):
         squares += y[j] * y[j]
     energy = tl.sum(squares, 1)
-    root = tl.maximum(tl.sqrt(energy / DIM), LEAST / size)
+    root = tl.maximum(tl.sqrt(energy / DIM), LEAST)
     unit = 1 / root
     numbers = ()
     for j in tl.static_range(HALF):
@@ -419,7 +420,7 @@ def placing(levels: tuple[float, ...], factors: tuple[float, ...]) -> tuple[Any,
     for factor in factors:
         inverse = [number / (factor**power * last) for number, power in zip(found.tolist(), powers, strict=True)]
         inverse += [0.0] * (4 - len(powers))
-        made.append((factor, *map(twice, (*inverse, -factor * a / scale, -factor * b / scale**3))))
+        made.append((factor, *map(twice, (*inverse, 0.0 - factor * a / scale, 0.0 - factor * b / scale**3))))
     return bits, twice(last), twice(scale), twice(offset), len(powers) - 1, *made
 
 

@@ -138,6 +138,9 @@ def test_zeros_and_keys_that_are_the_mean(no_reference):
     _, scale, _, value_scale = encode_entries(
         x[None, None], torch.zeros_like(x)[None, None], None, None, mean, turned, books, FACTORS
     )
+    tiny = torch.tensor([1e-17, 1e-19, 1e-25, 1e-38])[:, None] * draw(4, 64)
+    for made in encode_entries(tiny[None, None], tiny[None, None], None, None, None, turned, books, FACTORS)[1::2]:
+        assert not made[1:].any() and (made.abs() < 1e-16).all()
     # the mean is not quite removed: it was rotated in another order
     assert 0 < float(scale[0]) < 1e-6 and not scale[1:].any() and not value_scale.any()
     assert (scale[1:] <= 0).all()
