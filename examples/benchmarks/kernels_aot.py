@@ -91,6 +91,8 @@ def compiled(case: Case, architecture: int) -> Facts:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.most_registers:
+        options["maxnreg"] = case.most_registers
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,8 @@ class Case:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    # registers that the compiler may give a lane
+    most_registers: int | None = None
     # numbers that a lane computes in one turn of the loop; or in the whole program, whose loops take so many turns
     elements: float = 0.0
     turns: float = 0.0
@@ -127,28 +129,47 @@ def dense_cases() -> Iterator[Case]:
 
 
 def encoding_cases() -> Iterator[Case]:
-    """Encoding of keys and values."""
+    """Encoding of keys and values: prompts of which all is kept, and entries chosen from one."""
+    from hf_kvcache.codecs.codebooks import cubic
+    from hf_kvcache.codecs.turboquant import KEY_FACTORS, VALUE_FACTORS
     from hf_kvcache.kernels.triton_ops import encode_entries
 
-    for dtype, dim, bits in [
-        ("bf16", 128, (4, 4)), ("bf16", 128, (3, 3)), ("bf16", 128, (2, 2)), ("bf16", 64, (4, 4)),
-        ("bf16", 96, (4, 4)), ("bf16", 256, (4, 2)), ("fp32", 128, (4, 4)),
+    for dtype, dim, bits, gather, targets in [
+        ("bf16", 128, (4, 4), False, (90,)), ("bf16", 128, (4, 4), False, (80, 100)),
+        ("bf16", 128, (4, 4), True, (90,)), ("bf16", 128, (3, 3), False, (90,)),
+        ("bf16", 128, (2, 2), False, (90,)), ("bf16", 64, (4, 4), False, (90,)),
+        ("bf16", 96, (4, 4), True, (90,)), ("bf16", 256, (4, 2), True, (90,)), ("fp32", 128, (4, 4), True, (90,)),
     ]:  # fmt: skip
-        made = encode_entries.configuration(dim, *bits, 4 if dtype == "fp32" else 2)
-        warps, stages = made.pop("num_warps"), made.pop("num_stages")
+        made = encode_entries.configuration(dim, *bits, 4 if dtype == "fp32" else 2, targets == (90,))
+        warps, stages, registers = made.pop("num_warps"), made.pop("num_stages"), made.pop("maxnreg", None)
         kernel = encode_entries.encode_kernel
-        types = dict(
-            K=f"*{dtype}", V=f"*{dtype}", INDEX="*i64", OWNERS="*i64", SHIFT="*fp32", TURN=f"*{dtype}", LOW=f"*{dtype}",
+        turns = {f"{x}_{name}": f"*{dtype}" for x in ("KEY", "VALUE") for name in ("TURN", "LOW")}
+        types = turns | dict(
+            K=f"*{dtype}", V=f"*{dtype}", INDEX="*i64", OWNERS="*i64", SHIFT="*fp32",
             KW="*u16", KT="*u8", KS="*fp32", VW="*u16", VT="*u8", VS="*fp32",
         )  # fmt: skip
-        whole = ("entries", "heads", "tokens", "last_owner", *(f"{x}_{axis}" for x in "kv" for axis in AXES))
-        types |= dict.fromkeys(whole, "i32")
-        constants = made | dict(KEY_COUNT=3, VALUE_COUNT=2, GATHER=True, OWNED=True, CENTER=True, UPCAST=False)
-        constants |= dict(EXACT=dim & (dim - 1) == 0)
-        types |= {name: "fp32" for name in kernel.arg_names if name not in types and name not in constants}
+        whole = (
+            "entries",
+            "tiles",
+            "heads",
+            "tokens",
+            "head_shift",
+            "token_shift",
+            "last_owner",
+            *(f"{x}_{axis}" for x in "kv" for axis in AXES),
+        )
+        types |= dict.fromkeys(whole, "i32") | dict(size="fp32", head_factor="i64", token_factor="i64")
+        books = [
+            encode_entries.placing(tuple(cubic(dim, width).tolist()), factors)[1:]
+            for width, factors in zip(bits, (KEY_FACTORS, VALUE_FACTORS), strict=True)
+        ]
+        constants = made | dict(KEY_BOOK=books[0], VALUE_BOOK=books[1], GATHER=gather, FLAT=not gather)
+        constants |= dict(OWNED=True, CENTER=True, EXACT=dim & (dim - 1) == 0, UPCAST=False)
         yield Case(
-            f"encode_entries {dtype}, {'+'.join(map(str, bits))} bits, head_dim {dim}", kernel, types, constants, warps,
-            stages, architectures=ARCHITECTURES if (dtype, dim, bits) == ("bf16", 128, (4, 4)) else (90,),
+            f"encode_entries {dtype}, {'+'.join(map(str, bits))} bits, head_dim {dim}{', chosen' if gather else ''}",
+            kernel, types, constants, warps, stages, registers,
+            elements=2 * made["N"] * dim / 32 / warps, turns=max(1, made["ROWS"] // made["STEP"]),
+            architectures=targets,
         )  # fmt: skip
 
 

@@ -138,6 +138,9 @@ def test_zeros_and_keys_that_are_the_mean(no_reference):
     _, scale, _, value_scale = encode_entries(
         x[None, None], torch.zeros_like(x)[None, None], None, None, mean, turned, books, FACTORS
     )
+    tiny = torch.tensor([1e-17, 1e-19, 1e-25, 1e-38])[:, None] * draw(4, 64)
+    for made in encode_entries(tiny[None, None], tiny[None, None], None, None, None, turned, books, FACTORS)[1::2]:
+        assert not made[1:].any() and (made.abs() < 1e-16).all()
     # the mean is not quite removed: it was rotated in another order
     assert 0 < float(scale[0]) < 1e-6 and not scale[1:].any() and not value_scale.any()
     assert (scale[1:] <= 0).all()
@@ -151,6 +154,62 @@ def test_owners_behind_the_last_mean_use_it(no_reference, monkeypatch):
     found = encode_entries(x[0][None, None], x[1][None, None], None, owners, mean, turned, books, FACTORS)
     monkeypatch.undo()
     check(found, x, owners.clamp(max=1), mean, turned, books)
+
+
+@pytest.mark.parametrize("share", [4, 1])
+def test_tiles_of_few_programs(no_reference, monkeypatch, share):
+    """Of four tiles of keys and four of values every one is encoded, whoever does it, and as well as in float32."""
+    from hf_kvcache.kernels.triton_ops import encode_entries as ours
+
+    monkeypatch.setattr(ours, "SHARE", share)
+    x = keys(200, 64, dtype=torch.bfloat16), draw(200, 64, seed=1, dtype=torch.bfloat16)
+    owners = torch.arange(200) // 45
+    mean = torch.stack([x[0][owners == owner].float().mean(0) for owner in range(5)]).bfloat16()
+    turned, books = rotation("hadamard", 64, 0, CPU), (levels(64, 4), levels(64, 4))
+    found = encode_entries(x[0][None, None], x[1][None, None], None, owners, mean, turned, books, FACTORS)
+    monkeypatch.undo()
+    expected = encode_entries_reference(
+        x[0][None, None], x[1][None, None], None, owners, mean, turned, *books, *map(list, FACTORS)
+    )
+    exact = x[1].double() @ turned.double()
+    off, best = (errors(*made[2:], books[1], exact).sum() for made in (found, expected))
+    assert off <= 1.003 * best
+    for place in (0, 2):
+        ours_, theirs = (levels_of(made[place], torch.arange(16.0)) for made in (found, expected))
+        # another scale of those tried may be as good, and gives other codes
+        alike = ((ours_ - theirs).abs().amax(1) <= 1) & ((ours_ != theirs).sum(1) <= 3)
+        assert alike.float().mean() > 0.97
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 8, 1000, 32768, 65535, 131071, 2**30, 2**31 - 1])
+def test_division_by_a_product(divisor):
+    from hf_kvcache.kernels.triton_ops.encode_entries import _reciprocal
+
+    factor, shift = _reciprocal(divisor)
+    most = 2**31 - 1
+    numbers = {0, 1, most, *(near for k in (1, 2, 5, most // divisor) for near in (k * divisor - 1, k * divisor))}
+    for number in (number for number in numbers if 0 <= number <= most):
+        assert number * factor >> shift == number // divisor and number * factor < 2**64
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
+def test_constants_of_levels(dim, bits):
+    """In float16 they give back the levels, and the place of a number up to a fiftieth of a step."""
+    from hf_kvcache.kernels.triton_ops.encode_entries import placing
+
+    book = cubic(dim, bits)
+    width, *pairs, curve, (factor, *numbers) = placing(tuple(book.tolist()), (0.9,))
+    last, scale, offset, *numbers = (
+        float(torch.tensor([pair], dtype=torch.int32).view(torch.float16)[0]) for pair in (*pairs, *numbers)
+    )
+    assert (width, last, factor) == (bits, 2**bits - 1, 0.9)
+    t = (torch.arange(2**bits) + 1024) * scale + offset
+    torch.testing.assert_close(-t * (numbers[4] + numbers[5] * t * t), 0.9 * book.float(), rtol=3e-3, atol=1e-3)
+    middles = 0.9 * (book[1:] + book[:-1]) / 2
+    argument = middles.abs() if curve == 3 else middles.square()
+    places = middles * sum(number * argument**power for power, number in enumerate(numbers[:4])) * last
+    assert (places - torch.arange(2**bits - 1) + (2**bits - 2) / 2).abs().max() < 0.02
 
 
 def test_no_entries():

@@ -116,11 +116,13 @@ def test_encoding(roofline, counted, gather):
     index = torch.randperm(100)[:70] if gather else None
     owners = torch.zeros(70 if gather else 100, dtype=torch.long)
     encode_entries(x, x.clone(), index, owners, mean, turned, (cubic(64, 4), cubic(64, 3)), ((1.0,), (1.0,)))
-    from hf_kvcache.kernels.triton_ops.encode_entries import _split
+    from hf_kvcache.kernels.triton_ops import encode_entries as ours
 
+    turns = [ours._split(ours._columns_by_slots(turned, bits), torch.float16, 64**-0.5)[:2] for bits in (4, 3)]
     expected = roofline.encode_entries(len(owners), 64, (4, 3), 2, gather, owned=True)
-    # the rotated mean of every key comes from the cache, as the rotation does: 64 numbers in float32
-    assert counted(_split(turned, torch.float16)[:2]) - len(owners) * 64 * 4 == expected.moved
+    # every tile of keys reads the rotated mean of its owner, which the cache has, as it has the rotation
+    means = -(-len(owners) // 64) * 64 * 4
+    assert counted([part for turn in turns for part in turn]) - means == expected.moved
 
 
 def test_select(roofline, counted):
