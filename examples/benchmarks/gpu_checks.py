@@ -17,6 +17,7 @@ from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.kernels.encode_entries import encode_entries
 from hf_kvcache.kernels.gated_retention import gated_retention
 from hf_kvcache.kernels.merge_states import merge_states
+from hf_kvcache.kernels.prepare_query import prepare_query
 from hf_kvcache.kernels.ragged_attention import programs_of, ragged_code_attention, work_list
 from hf_kvcache.kernels.select import select
 from hf_kvcache.kernels.value_norm import value_norm
@@ -37,8 +38,10 @@ def correctness(bench: Bench) -> Iterator[dict[str, Any]]:
         for bits, kind in itertools.product((4, 3, 2), ("equal steps", "cubic")):
             yield from codes(bench, size, bits, kind)
         yield from dense(bench, size)
+    yield from preparing(bench)
     yield from encoding(bench)
-    yield from retention(bench)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield from retention(bench, dtype)
     yield from eviction(bench)
     torch.use_deterministic_algorithms(False)
 
@@ -100,34 +103,55 @@ def dense(bench: Bench, size: tuple[int, int, int]) -> Iterator[dict[str, Any]]:
     yield judged(bench, "merge_states", told, merge_states(*first, *second)[0], exact, ROUNDED)
 
 
-def encoding(bench: Bench) -> Iterator[dict[str, Any]]:
-    """The codes of Gaussian keys and values lose what the codec promises."""
+def preparing(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The query of codes, rotated, and its products with means."""
     dim = 128
-    for bits in (4, 3, 2):
-        x = bench.draw(1, 2, 40 if bench.rehearsal else 3001, dim)
-        turned, book = rotation("hadamard", dim, 0, bench.device), cubic(dim, bits)
-        found = encode_entries(x, x, None, None, None, turned, (book, book), ((0.9, 1.0, 1.1), (0.92, 1.04)))
-        exact = x.flatten(0, 2).double() @ turned.double()
-        for name, packed, scale in (("keys", *found[:2]), ("values", *found[2:])):
-            decoded = levels_of(packed, book.to(bench.device)).double() * scale.double().abs()[:, None]
-            # the relative error is the root of the squared one
-            allowed = (ENCODED[bits] * (1.2 if bench.rehearsal else 1)) ** 0.5
-            yield judged(bench, f"encode_entries, {bits} bits, {name}", f"head_dim {dim}", decoded, exact, allowed)
+    query, mean = bench.draw(1, 2, 5, dim), bench.draw(2, dim)
+    turn = rotation("hadamard", dim, 0, bench.device)
+    turned, shift = prepare_query(query, turn, mean)
+    yield judged(bench, "prepare_query", f"head_dim {dim}", turned, query.double() @ turn.double(), 1e-5)
+    exact = (query.double() @ mean.double()[None, :, :, None])[..., 0]
+    yield judged(bench, "prepare_query, means", f"head_dim {dim}", shift, exact, 1e-5)
 
 
-def retention(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Token by token in float64."""
+def encoding(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The codes of Gaussian keys and values lose what the codec promises: of a prompt in one piece, and of chosen
+    entries of several owners whose mean is removed."""
+    for dim, bits in itertools.product((128,) if bench.rehearsal else (128, 64), (4, 3, 2)):
+        tokens = 40 if bench.rehearsal else 3001
+        x, turned, book = bench.draw(1, 2, tokens, dim), rotation("hadamard", dim, 0, bench.device), cubic(dim, bits)
+        mean = 3 * bench.draw(2, dim)
+        shifted = x + mean[None, :, None]
+        index = torch.arange(0, 2 * tokens, 3, device=bench.device)
+        for what, key, some, whose, means in (
+            ("", x, None, None, None),
+            (", chosen, means removed", shifted, index, index // tokens, mean),
+        ):
+            found = encode_entries(key, x, some, whose, means, turned, (book, book), ((0.9, 1.0, 1.1), (0.92, 1.04)))
+            rest = shifted - mean[None, :, None] if means is not None else x
+            for name, of, packed, scale in (("keys", rest, *found[:2]), ("values", x, *found[2:])):
+                exact = of.flatten(0, 2).double() @ turned.double()
+                exact = exact if some is None else exact[some]
+                decoded = levels_of(packed, book.to(bench.device)).double() * scale.double().abs()[:, None]
+                # the relative error is the root of the squared one
+                allowed = (ENCODED[bits] * (1.2 if bench.rehearsal else 1)) ** 0.5
+                told = f"head_dim {dim}, {len(decoded)} entries"
+                yield judged(bench, f"encode_entries, {bits} bits, {name}{what}", told, decoded, exact, allowed)
+
+
+def retention(bench: Bench, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Token by token in float64, from a state that there is already."""
     length, dim = (70, 32) if bench.rehearsal else (2049, 128)
-    query, key, value = (bench.draw(1, 2, length, dim) / dim**0.25 for _ in range(3))
+    query, key, value = (bench.draw(1, 2, length, dim, dtype=dtype) / dim**0.25 for _ in range(3))
     gates = torch.nn.functional.logsigmoid(bench.draw(1, 2, length, dtype=torch.float32)) / 16
-    out, last = gated_retention(query, key, value, gates)
-    state = torch.zeros(1, 2, dim, dim, dtype=torch.float64, device=bench.device)
-    exact = []
+    begun = bench.draw(1, 2, dim, dim, dtype=torch.float32)
+    out, last = gated_retention(query, key, value, gates, begun)
+    state, exact = begun.double(), []
     for n in range(length):
         added = key[:, :, n, :, None].double() * value[:, :, n, None].double()
         state = state * gates[:, :, n, None, None].double().exp() + added
         exact.append((query[:, :, n, None].double() @ state).squeeze(2))
-    told = f"{length} tokens, heads of {dim}"
+    told = f"{length} tokens, heads of {dim}, {str(dtype)[6:]}"
     yield judged(bench, "gated_retention, outputs", told, out, torch.stack(exact, 2), ROUNDED)
     yield judged(bench, "gated_retention, state", told, last, state, ROUNDED)
 
@@ -147,9 +171,12 @@ def eviction(bench: Bench) -> Iterator[dict[str, Any]]:
     for name, matrix, norms in (("L2", weight @ weight.mT, image.norm(dim=-1)), ("L1", weight, image.abs().sum(-1))):
         found = value_norm(value, matrix, name == "L2")
         yield judged(bench, f"value_norm, {name}", f"{tokens} tokens", found, norms.mean(2), ROUNDED)
-    score, counts = exact.float()[:, :, 0], torch.tensor([[tokens // 4, 7]], device=bench.device)
-    chosen = select(score, counts)
-    best = torch.stack([score[0, head].topk(int(counts[0, head])).values.double().sum() for head in range(2)])
-    found = (score.double() * chosen).sum(-1)[0]
-    yield judged(bench, "select", f"{tokens} tokens", found, best, 1e-9)
-    yield judged(bench, "select, how many", f"{tokens} tokens", chosen.sum(-1), counts.double(), 0.0)
+    # a row that one program holds, and one in splits
+    for width in (tokens, tokens if bench.rehearsal else 70_001):
+        score = bench.draw(1, 2, width, dtype=torch.float32).abs()
+        counts = torch.tensor([[width // 4, 7]], device=bench.device)
+        chosen = select(score, counts)
+        best = torch.stack([score[0, head].topk(int(counts[0, head])).values.double().sum() for head in range(2)])
+        found = (score.double() * chosen).sum(-1)[0]
+        yield judged(bench, "select", f"{width} tokens", found, best, 1e-9)
+        yield judged(bench, "select, how many", f"{width} tokens", chosen.sum(-1), counts.double(), 0.0)
