@@ -26,6 +26,19 @@ from hf_kvcache.stores import Store
 POSITIONS = "positions"
 
 
+def places_of(mask: Tensor, count: int) -> Tensor:
+    """Where a mask `[N]` is True, `count` times: `nonzero`, which on a GPU would wait for it to say how often."""
+    return mask.nonzero()[:, 0] if mask.device.type == "cpu" else counted_places(mask, count)
+
+
+def counted_places(mask: Tensor, count: int) -> Tensor:
+    """`places_of` on a GPU."""
+    # what is not wanted goes to a place of its own, behind the others
+    target = torch.where(mask, mask.cumsum(0) - 1, count)
+    found = torch.empty(count + 1, dtype=torch.long, device=mask.device)
+    return found.scatter_(0, target, torch.arange(len(mask), device=mask.device))[:count]
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """Sealed keys and values of one producer layer.
@@ -88,15 +101,14 @@ class Segment:
         carried = {name: tensor[::copies] for name, tensor in (carried or {}).items()}
         keep = None if keep is None else keep[::copies].expand(len(key), heads, tokens)
         model = None if like is None else like.payload()
-        if keep is None or bool(keep.all()):
-            layout = Layout(((tokens,) * heads,) * len(key))
+        layout = Layout(((tokens,) * heads,) * len(key)) if keep is None else Layout.of(keep.sum(-1))
+        if keep is None or layout.entries == keep.numel():
             key, value = key.reshape(-1, key.shape[-1]), value.reshape(-1, value.shape[-1])
-            held = codec.encode(key, value, layout.owners_on(key.device), model)
+            owners = torch.arange(layout.rows * heads, device=key.device)[:, None].expand(-1, tokens)
+            held = codec.encode(key, value, owners, model)
             held |= {name: tensor.reshape(-1) for name, tensor in carried.items()}
         else:
-            layout = Layout.of(keep.sum(-1))
-            kept = keep.flatten().nonzero()[:, 0].to(key.device)
-            kept = kept[layout.order_on(key.device)]
+            kept = places_of(keep.flatten().to(key.device), layout.entries)[layout.order_on(key.device)]
             row, head, column = kept // (heads * tokens), kept // tokens % heads, kept % tokens
             owners = row * heads + head
             if isinstance(codec, GatheringCodec) and uses_triton(key):

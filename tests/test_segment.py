@@ -8,7 +8,7 @@ import torch
 from hf_kvcache.codecs import DenseCodec, Fp8Codec, PaperTurboQuantCodec, TurboQuantCodec, UniformCodec
 from hf_kvcache.kernels.decode_attention import decode_attention
 from hf_kvcache.layout import Layout
-from hf_kvcache.segment import Segment
+from hf_kvcache.segment import Segment, counted_places
 from hf_kvcache.stores import DeviceStore, HostStore
 from hf_kvcache.testing import live_bytes
 
@@ -317,3 +317,9 @@ def test_crop_keeps_the_row_map():
     cropped = segment.crop(3)
     assert cropped.rows == (2, 2, 0)
     assert_attends(cropped, cropped.dense())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_places_are_found_without_asking_how_many_there_are(share):
+    mask = torch.rand(500, generator=torch.Generator().manual_seed(0)) < share
+    assert torch.equal(counted_places(mask, int(mask.sum())), mask.nonzero()[:, 0])

@@ -43,7 +43,7 @@ class Codec(Protocol):
 
         Args:
             key, value: of the entries.
-            owners: `[N]`, the owner of every entry.
+            owners: `[N]`, the owner of every entry; `[O, N / O]` where each has as many, one owner after the other.
             like: an earlier payload for the same owners, whose statistics are to be used; the two may be joined then.
         """
         ...

@@ -27,10 +27,10 @@ from hf_kvcache.codecs.checks import check_bits, check_finite, check_head_dim, c
 from hf_kvcache.codecs.codebooks import cubic
 from hf_kvcache.codecs.codec import Payload, join_entries, one_reader, select_entries
 from hf_kvcache.codecs.rotation import rotation
-from hf_kvcache.codecs.scalar import stored
+from hf_kvcache.codecs.scalar import all_stored
 from hf_kvcache.kernels.code_attention import code_attention, levels_of
 from hf_kvcache.kernels.encode_entries import chosen, encode_entries, of_owners
-from hf_kvcache.kernels.library import has_kernel
+from hf_kvcache.kernels.library import has_kernel, uses_triton
 from hf_kvcache.kernels.prepare_query import prepare_query
 from hf_kvcache.kernels.ragged_attention import ragged_code_attention
 
@@ -73,7 +73,9 @@ class TurboQuantCodec:
 
     def encode(self, key: Tensor, value: Tensor, owners: Tensor | None = None, like: Payload | None = None) -> Payload:
         check_head_dim(key, value)
-        check_finite(key=key, value=value)
+        if not uses_triton(key):
+            # PyTorch looks codes up by the numbers
+            check_finite(key=key, value=value)
         mean = _means(key, owners, self.center) if like is None else like["mean"]
         return self._encode(key[None, None], value[None, None], None, owners, mean)
 
@@ -82,10 +84,7 @@ class TurboQuantCodec:
     ) -> Payload:
         check_head_dim(key, value)
         mean = _means(chosen(key, index), owners, self.center) if like is None else like["mean"]
-        payload = self._encode(key, value, index, owners, mean)
-        # an entry that is not finite has a scale that is not; what was not chosen may be anything
-        check_finite(key=payload["key_scale"][:, None], value=payload["value_scale"][:, None])
-        return payload
+        return self._encode(key, value, index, owners, mean)
 
     def decode(self, payload: Payload, owners: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mean = payload["mean"]
@@ -163,17 +162,21 @@ class TurboQuantCodec:
             key,
             value,
             index,
-            owners,
+            None if owners is None else owners.flatten(),
             mean if self.center else None,
             self._rotation(key),
             self._levels(key),
             (KEY_FACTORS, VALUE_FACTORS),
         )
+        scales, finite = all_stored(key_scale, value_scale)
+        if not finite:
+            # an entry that is not finite has a scale that is not; what was not chosen may be anything
+            check_finite(key=key_scale[:, None], value=value_scale[:, None])
         return {
             "key_codes": key_codes,
-            "key_scale": stored(key_scale),
+            "key_scale": scales[0],
             "value_codes": value_codes,
-            "value_scale": stored(value_scale),
+            "value_scale": scales[1],
             "mean": mean,
         }
 
@@ -194,8 +197,11 @@ def _means(key: Tensor, owners: Tensor | None, center: bool) -> Tensor:
         return key.new_zeros(1, key.shape[1])
     if owners is None:
         return key.to(torch.float32).mean(0, keepdim=True).to(key.dtype)
+    if owners.dim() == 2 and owners.numel():
+        return key.view(*owners.shape, -1).mean(1, dtype=torch.float32).to(key.dtype)
+    owners = owners.flatten().to(key.device)
     count = int(owners.max()) + 1 if len(owners) else 1
-    owners = owners.to(key.device)
     total = torch.zeros(count, key.shape[1], device=key.device).index_add_(0, owners, key.to(torch.float32))
-    members = torch.bincount(owners, minlength=count).clamp_min(1)
-    return (total / members[:, None]).to(key.dtype)
+    # not `bincount`, which waits for the GPU to find the largest owner again
+    members = torch.zeros(count, device=key.device).index_add_(0, owners, torch.ones_like(owners, dtype=torch.float32))
+    return (total / members.clamp_min(1)[:, None]).to(key.dtype)

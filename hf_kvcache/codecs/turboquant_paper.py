@@ -90,7 +90,7 @@ class PaperTurboQuantCodec(ChunkedCodec):
         payload = {"like": key.new_zeros(1)}
         widths = {"key": self.key_bits, "value": self.value_bits}
         if any(bits != int(bits) for bits in widths.values()):
-            owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.to(key.device)
+            owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.flatten().to(key.device)
             count = int(owner.max()) + 1 if len(owner) else 1
             orders = torch.arange(count, device=key.device) if like is None else like["orders"].long()
             # owners behind the last one that had an entry take its order, as good as any

@@ -126,7 +126,7 @@ class UniformCodec(ChunkedCodec):
 
         Groups over several owners would make what is stored of a row depend on the other rows of its batch.
         """
-        owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.to(key.device)
+        owner = key.new_zeros(len(key), dtype=torch.long) if owners is None else owners.flatten().to(key.device)
         order = owner.argsort(stable=True)
         count = owner.bincount()
         rank = torch.empty_like(owner)

@@ -190,7 +190,9 @@ def largest_remainder(share: Tensor, total: int, limit: Tensor) -> Tensor:
     What one part cannot take is offered to the others in proportion to their shares. Where all limits together are less
     than the total, everything is taken.
     """
-    share, limit = share.double(), limit.double()
+    # a few numbers: on a GPU every line would be a launch, and every turn a wait for it
+    device = share.device
+    share, limit = torch.stack([share.double(), limit.to(device, torch.float64)]).cpu()
     total_left = torch.minimum(torch.full_like(limit.sum(-1), float(total)), limit.sum(-1))
     given = torch.zeros_like(limit)
     for _ in range(limit.shape[-1]):
@@ -207,7 +209,7 @@ def largest_remainder(share: Tensor, total: int, limit: Tensor) -> Tensor:
     missing = (total_left - whole.sum(-1)).round().long()
     # a part that is at its limit has no fraction, so it is never given more
     rank = (given - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (whole + (rank < missing.unsqueeze(-1))).long()
+    return (whole + (rank < missing.unsqueeze(-1))).long().to(device)
 
 
 def describe(role: Any) -> str:

@@ -57,13 +57,13 @@ class AdaKV(EvictionMethod):
         free = budget - protected
         open_ = torch.isfinite(score)
         room = open_.sum(-1)
-        total = min(free * heads, int(room.sum(-1).min()))
+        total = room.sum(-1).min().clamp(max=free * heads)
         safe = torch.zeros_like(open_)
         if self.safeguard == "floor":
             wanted = room.clamp(max=int(self.alpha * free))
             safe = top_mask(score.masked_fill(~open_, -torch.inf), wanted) & open_
         candidates = score.masked_fill(~open_, -torch.inf).masked_fill(safe, torch.finfo(score.dtype).max)
-        best = top_mask(candidates.flatten(1), torch.full((batch,), total, device=score.device))
+        best = top_mask(candidates.flatten(1), total.expand(batch))
         hits = best.view(score.shape).sum(-1)
         if self.safeguard == "floor":
             return protected_counts(limit, room) + hits

@@ -54,6 +54,17 @@ def oracle(query, key, value, scale, softcap, mask):
 
 
 @every_codec
+def test_owners_one_after_the_other_may_come_as_a_rectangle(codec):
+    key, value, owners = entries()
+    listed = codec.decode(codec.encode(key, value, owners), owners)
+    rectangle = owners.view(OWNERS, TOKENS)[:, :1].expand(-1, TOKENS)
+    found = codec.decode(codec.encode(key, value, rectangle), owners)
+    for actual, expected in zip(found, listed, strict=True):
+        # means are summed up in another order
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@every_codec
 @pytest.mark.parametrize("tokens", [64, 41])
 def test_an_owner_is_encoded_as_it_is_alone(codec, tokens):
     """A row of a batch must not depend on the others, however many tokens each has."""
