@@ -287,16 +287,14 @@ def configuration(
     }
 
 
-def codebook(levels: Tensor) -> tuple[int, float, float] | None:
+@lru_cache(maxsize=64)
+def codebook(levels_of_codes: Tensor) -> tuple[int, float, float] | None:
     """Bits, a and b of the levels t (a + b t²), t = code - (2^bits - 1) / 2; b is 0 for equal steps.
 
-    None for levels of another form, and for 8 bits.
+    None for levels of another form, and for 8 bits. Levels are made once and never change, so that the tensor itself is
+    what is remembered: a decoding step asks some times a layer.
     """
-    return _codebook(tuple(levels.tolist()))
-
-
-@lru_cache(maxsize=64)
-def _codebook(levels: tuple[float, ...]) -> tuple[int, float, float] | None:
+    levels = levels_of_codes.tolist()
     bits = (len(levels) - 1).bit_length()
     if bits not in (2, 3, 4) or len(levels) != 2**bits:
         return None
