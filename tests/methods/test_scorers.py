@@ -187,7 +187,9 @@ def test_keydiff(case):
 @pytest.mark.parametrize("case", ["plain", "gaps"])
 def test_streamingllm_prefers_the_more_recent(case):
     observed = random_observation(**(CASES | GAPS)[case])
-    assert_scores(observed, StreamingLLM(), lambda row, head: {t: t for t in range(observed.num_tokens)})
+    columns = torch.arange(observed.num_tokens).expand(observed.key.shape[:3])
+    places = columns if observed.positions is None else observed.positions
+    assert_scores(observed, StreamingLLM(), lambda row, head: dict(enumerate(places[row, head].tolist())))
     assert StreamingLLM().sinks == 4
 
 
