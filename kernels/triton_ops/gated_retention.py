@@ -41,7 +41,9 @@ def gates_kernel(
     order = tl.arange(0, N)[None, :]
     token = chunk.to(tl.int64) * N + order
     DECAY += run // heads * decay_run + run % heads * decay_head
-    gate = tl.load(DECAY + token * decay_row, mask=token < length, other=0).to(tl.float32) * 1.4426950408889634
+    gate = tl.load(DECAY + token * decay_row, mask=token < length, other=0).to(tl.float32)
+    # the exponential of -104 is 0; with a lower gate the sums, whose differences are needed, would lose all others
+    gate = tl.maximum(gate, -104.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
     sums = tl.cumsum(gate, 1)
     later = tl.cumsum(gate, 1, reverse=True) - gate
     place = GATES + (run * chunks + chunk) * (3 * N) + order
