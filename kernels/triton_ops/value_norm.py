@@ -100,6 +100,11 @@ def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
     group, runs = weight.shape[1], batch * heads
     made: dict[str, Any] = {"UPCAST": INTERPRETED and value.dtype == torch.bfloat16}
     if gram:
+        largest = None
+        if value.dtype == torch.float16:
+            # it holds no squares of small or large weights
+            largest = weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(weight.dtype).tiny)
+            weight = weight / largest[:, None, None, None]
         made |= gram_configuration(dim, group, value.element_size())
         parts = triton.cdiv(group, made["MEMBERS"])
         # three programs a multiprocessor
@@ -109,7 +114,8 @@ def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
         gram_norm_kernel[(parts, triton.cdiv(tokens, per), runs)](
             value, weight, out, tokens, heads, group, per, *value.stride()[:3], **made
         )
-        return out.sum(2) if parts > 1 else out.squeeze(2)
+        norms = out.sum(2) if parts > 1 else out.squeeze(2)
+        return norms if largest is None else norms * largest.sqrt()[:, None]
     out = value.new_empty(batch, heads, tokens, dtype=torch.float32)
     made |= sum_configuration(dim, value.element_size())
     # once, and not once a program: each reads the weights of a head
