@@ -241,7 +241,7 @@ def configuration(dim: int, value_dim: int, dtype: torch.dtype, wide: bool) -> d
     elif half:
         made["COLUMNS"] = 64
     elif large:
-        made |= {"COLUMNS": 64, "N": 16, "num_stages": 1}
+        made |= {"COLUMNS": 64, "N": 16, "num_warps": 8, "num_stages": 1}
     elif high > 64:
         made["N"] = 16
     return made | {
@@ -251,7 +251,8 @@ def configuration(dim: int, value_dim: int, dtype: torch.dtype, wide: bool) -> d
         "COLUMNS": min(power_of_two(value_dim, 16), made["COLUMNS"]),
         # float16 does not hold every state; TF32 does, with as many digits
         "ROUND": dtype == torch.bfloat16,
-        "PRECISION": "tf32" if half else "tf32x3",
+        # the three parts of a high state in float32 do not fit in the registers
+        "PRECISION": "tf32" if half else "ieee" if large else "tf32x3",
     }
 
 
