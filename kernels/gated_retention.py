@@ -11,7 +11,8 @@ Shapes: query and key `[B, H, T, D_k]`, value `[B, H, T, D_v]`, log_decay `[B, H
 `[B, H, D_k, D_v]`; any T >= 1, not only multiples of the chunk. Returns out `[B, H, T, D_v]` in the dtype of the query
 and the state after the last token `[B, H, D_k, D_v]` in float32 (float64 for float64 inputs), which starts the next
 call. Sums are in that type too, also in mixed precision. The scale of the keys is the caller's. A token with log_decay
-0 and key 0 leaves the state as it is: that is how padding is passed over.
+0 and key 0 leaves the state as it is: that is how padding is passed over. One with a very negative log_decay, or -inf,
+forgets all before it.
 
 It has a gradient for every input, and the gradient is three more calls of the operator (`_backward`), so that an
 implementation for another device needs to bring the forward only.
@@ -23,6 +24,8 @@ from torch import Tensor
 from hf_kvcache.kernels.library import LIBRARY, straight_to_cpu, with_triton
 
 CHUNK = 64
+# the exponential of it is 0 in the type of the sums; with a lower log decay these would lose all others
+LOWEST = {torch.float32: -104.0, torch.float64: -746.0}
 
 LIBRARY.define(
     "gated_retention(Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor? state, int chunk)"
@@ -46,7 +49,7 @@ def gated_retention_chunked(
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             q, k, v = (tensor[:, :, part].to(accumulate) for tensor in (query, key, value))
-            decay = log_decay[:, :, part].to(accumulate).cumsum(-1)
+            decay = log_decay[:, :, part].to(accumulate).clamp_min(LOWEST[accumulate]).cumsum(-1)
             last = decay[..., -1:]
             weights = q @ k.transpose(-1, -2) * decay_matrix(decay)
             out[:, :, part] = weights @ v + (q * decay.exp()[..., None]) @ state
@@ -100,6 +103,8 @@ def _backward(ctx, grad_out, grad_last):
     read = (query * grad_query).sum(-1) - (key * grad_key).sum(-1)
     later = read.flip(-1).cumsum(-1).flip(-1)
     grad_decay = later + (grad_last * last).sum((-1, -2)).unsqueeze(-1)
+    # what a sum of differences leaves of nothing
+    grad_decay = grad_decay.masked_fill(log_decay < LOWEST[accumulate], 0)
     grad_state = grad_first * log_decay[..., :1].to(accumulate).exp()[..., None]
     return (
         *(grad.to(tensor.dtype) for grad, tensor in zip((grad_query, grad_key, grad_value), given, strict=True)),

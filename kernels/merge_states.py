@@ -22,7 +22,7 @@ def merge_states_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: T
     # two parts without a key give nan (-inf - -inf); any weight is right there, both outputs being zero
     weight = torch.sigmoid(lse_a - lse_b).nan_to_num(0.5).unsqueeze(-1)
     out = torch.lerp(out_b.to(weight.dtype), out_a.to(weight.dtype), weight).to(out_b.dtype)
-    return out, torch.logaddexp(lse_a, lse_b)
+    return out.contiguous(), torch.logaddexp(lse_a, lse_b).contiguous()
 
 
 with_triton("merge_states", merge_states_reference)
@@ -30,7 +30,7 @@ with_triton("merge_states", merge_states_reference)
 
 @torch.library.impl(LIBRARY, "merge_states", "Meta")
 def _(out_a, lse_a, out_b, lse_b):
-    return torch.empty_like(out_b), torch.empty_like(lse_a)
+    return out_b.new_empty(out_b.shape), lse_a.new_empty(lse_a.shape)
 
 
 torch.library.register_autograd("hf_kvcache::merge_states", refuse_gradient("merge_states"), lib=LIBRARY)

@@ -36,7 +36,7 @@ with_triton("prepare_query", prepare_query_reference)
 @torch.library.impl(LIBRARY, "prepare_query", "Meta")
 def _(query, rotation, mean, owners):
     shape = (0,) if mean is None else query.shape[:-1]
-    return torch.empty_like(query, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(query.shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
 
 
 torch.library.register_autograd("hf_kvcache::prepare_query", refuse_gradient("prepare_query"), lib=LIBRARY)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100)
+# and a GPU with less than half the shared memory, for kernels that take much
+SMALL = (*ARCHITECTURES, 89)
 # instructions an element of the decode loop, for equal steps of keys and values, head_dim 128 and up to 8 query rows
 BUDGET = {4: 2.0, 3: 2.9, 2: 1.7}
 AXES = ("row", "head", "token")
@@ -38,7 +40,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel, as the launchers make them: the common configurations for all targets, the others for sm_90."""
+    """Every kernel, as the launchers make them: the common configurations for all targets, the others for some."""
     yield from code_cases()
     yield from dense_cases()
     yield from encoding_cases()
@@ -183,6 +185,7 @@ def retention_cases() -> Iterator[Case]:
         ("bf16", 128, 128, ARCHITECTURES), ("bf16", 64, 64, (90,)), ("bf16", 64, 128, (90,)),
         ("bf16", 128, 64, (90,)), ("bf16", 256, 256, (80, 90)), ("bf16", 80, 40, (90,)),
         ("fp16", 128, 128, (80, 90)), ("fp32", 64, 64, (80, 90)), ("fp32", 128, 128, (90,)),
+        ("fp32", 256, 256, (89, 90, 100)),
     ]:  # fmt: skip
         held = dict(Q=f"*{dtype}", K=f"*{dtype}", V=f"*{dtype}", START="*fp32", OUT=f"*{dtype}", LAST="*fp32")
         held |= dict.fromkeys((*strides, "heads", "length"), "i32")
@@ -234,9 +237,12 @@ def eviction_cases() -> Iterator[Case]:
                 f"window_scores {dtype}, head_dim {dim}, {name}", kernel, types | more,
                 made | constants | dict(CAP=False, UPCAST=False), warps, stages,
                 elements=made["ROWS"] * made["TOKENS"] / 32 / warps, tensor_cores=dtype != "fp32",
-                architectures=ARCHITECTURES if (dtype, dim) == ("bf16", 128) else (90,),
+                architectures=SMALL if (dtype, dim) == ("bf16", 128) else (90,),
             )  # fmt: skip
-    for dtype, dim, gram in (("bf16", 128, True), ("bf16", 128, False), ("bf16", 256, True), ("fp32", 64, False)):
+    for dtype, dim, gram, targets in (
+        ("bf16", 128, True, SMALL), ("bf16", 128, False, SMALL), ("bf16", 256, True, (90,)),
+        ("bf16", 256, False, (89,)), ("fp32", 64, False, (89, 90)), ("fp32", 128, True, (90, 100)),
+    ):  # fmt: skip
         itemsize = 4 if dtype == "fp32" else 2
         held = dict(V=f"*{dtype}", WEIGHT="*fp32" if gram else f"*{dtype}", OUT="*fp32")
         held |= dict.fromkeys(["tokens", "heads", "group", "v_run", "v_head", "v_row"], "i32")
@@ -250,7 +256,7 @@ def eviction_cases() -> Iterator[Case]:
         yield Case(
             f"value_norm {dtype}, head_dim {dim}, {'L2' if gram else 'L1'}", kernel, held, made | dict(UPCAST=False),
             warps, stages, elements=made["TOKENS"] * columns / 32 / warps, tensor_cores=dtype != "fp32",
-            architectures=ARCHITECTURES if (dtype, dim) == ("bf16", 128) else (90,),
+            architectures=targets,
         )  # fmt: skip
     scored = dict(SCORE="*fp32", COUNTS="*i64", tokens="i32")
     made = select.row_configuration(8192)

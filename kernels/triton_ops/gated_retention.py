@@ -41,7 +41,9 @@ def gates_kernel(
     order = tl.arange(0, N)[None, :]
     token = chunk.to(tl.int64) * N + order
     DECAY += run // heads * decay_run + run % heads * decay_head
-    gate = tl.load(DECAY + token * decay_row, mask=token < length, other=0).to(tl.float32) * 1.4426950408889634
+    gate = tl.load(DECAY + token * decay_row, mask=token < length, other=0).to(tl.float32)
+    # the exponential of -104 is 0; with a lower gate the sums, whose differences are needed, would lose all others
+    gate = tl.maximum(gate, -104.0, propagate_nan=tl.PropagateNan.ALL) * 1.4426950408889634
     sums = tl.cumsum(gate, 1)
     later = tl.cumsum(gate, 1, reverse=True) - gate
     place = GATES + (run * chunks + chunk) * (3 * N) + order
@@ -239,7 +241,7 @@ def configuration(dim: int, value_dim: int, dtype: torch.dtype, wide: bool) -> d
     elif half:
         made["COLUMNS"] = 64
     elif large:
-        made |= {"COLUMNS": 64, "N": 16, "num_stages": 1}
+        made |= {"COLUMNS": 64, "N": 16, "num_warps": 8, "num_stages": 1}
     elif high > 64:
         made["N"] = 16
     return made | {
@@ -249,7 +251,8 @@ def configuration(dim: int, value_dim: int, dtype: torch.dtype, wide: bool) -> d
         "COLUMNS": min(power_of_two(value_dim, 16), made["COLUMNS"]),
         # float16 does not hold every state; TF32 does, with as many digits
         "ROUND": dtype == torch.bfloat16,
-        "PRECISION": "tf32" if half else "tf32x3",
+        # the three parts of a high state in float32 do not fit in the registers
+        "PRECISION": "tf32" if half else "ieee" if large else "tf32x3",
     }
 
 

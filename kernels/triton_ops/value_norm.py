@@ -7,6 +7,7 @@ are off by about 1e-3, and by more only for values in directions that W_O all bu
 holds values, and the weights go by.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,14 +93,22 @@ def sum_norm_kernel(
 
 
 def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
-    """The operator; `NotImplemented` for float64, wide heads, and a weight elsewhere than the values."""
+    """The operator; `NotImplemented` for float64, wide heads (and for the L2 norm such as a GPU with little shared
+    memory cannot take), and a weight elsewhere than the values."""
     batch, heads, tokens, dim = value.shape
     if not known(value, weight) or dim * value.element_size() > 512 or not value.numel():
+        return NotImplemented
+    if gram and power_of_two(dim) * value.element_size() > 256 and shared_memory(value.device) < 128 * 1024:
         return NotImplemented
     value, weight = value if value.stride(-1) == 1 else value.contiguous(), weight.contiguous()
     group, runs = weight.shape[1], batch * heads
     made: dict[str, Any] = {"UPCAST": INTERPRETED and value.dtype == torch.bfloat16}
     if gram:
+        largest = None
+        if value.dtype == torch.float16:
+            # it holds no squares of small or large weights
+            largest = weight.abs().amax((1, 2, 3)).clamp_min(torch.finfo(weight.dtype).tiny)
+            weight = weight / largest[:, None, None, None]
         made |= gram_configuration(dim, group, value.element_size())
         parts = triton.cdiv(group, made["MEMBERS"])
         # three programs a multiprocessor
@@ -109,7 +118,8 @@ def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
         gram_norm_kernel[(parts, triton.cdiv(tokens, per), runs)](
             value, weight, out, tokens, heads, group, per, *value.stride()[:3], **made
         )
-        return out.sum(2) if parts > 1 else out.squeeze(2)
+        norms = out.sum(2) if parts > 1 else out.squeeze(2)
+        return norms if largest is None else norms * largest.sqrt()[:, None]
     out = value.new_empty(batch, heads, tokens, dtype=torch.float32)
     made |= sum_configuration(dim, value.element_size())
     # once, and not once a program: each reads the weights of a head
@@ -119,6 +129,14 @@ def value_norm(value: Tensor, weight: Tensor, gram: bool) -> Tensor:
     return out
 
 
+@lru_cache(maxsize=64)
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take: 99 KB on GPUs that are not for data centres; elsewhere than on a GPU, many."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def gram_configuration(dim: int, group: int, itemsize: int) -> dict[str, int]:
     """What the kernel of the L2 norm is compiled for. Three programs that load in turn hide more than two that load
     ahead, and take fewer registers."""
@@ -126,7 +144,9 @@ def gram_configuration(dim: int, group: int, itemsize: int) -> dict[str, int]:
     # float32 is split in three numbers for its products
     columns = COLUMNS if itemsize == 2 else COLUMNS // 2
     return {
-        "DIM": dim, "HALF": half, "MEMBERS": min(max(1, columns // half), power_of_two(group)), "TOKENS": 64,
+        "DIM": dim, "HALF": half, "MEMBERS": min(max(1, columns // half), power_of_two(group)),
+        # with 64 tokens in float32 and products over 64 dimensions, Triton 3.7 compiles a trap for sm_100
+        "TOKENS": 32 if itemsize == 4 and half > 32 else 64,
         "num_warps": 4 if half * itemsize <= 128 else 8, "num_stages": 1,
     }  # fmt: skip
 

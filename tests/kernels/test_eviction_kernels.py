@@ -64,6 +64,31 @@ def test_value_norm(dtype, error, tokens, group, dim, width, gram):
     torch.testing.assert_close(actual.double(), expected, rtol=error, atol=error)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_weights_whose_gram_matrix_float16_does_not_hold(dtype):
+    """One head with small ones, one with large ones, and one without any."""
+    spread = torch.tensor([6e-6, 6.0, 0.0])
+    value = draw(2, 3, 70, 64, dtype=dtype)
+    weight = draw(3, 2, 64, 4096, seed=1) * spread[:, None, None, None]
+    exact = torch.einsum("bhtd,hgdw->bhgtw", value.double(), weight.double()).norm(dim=-1).mean(2)
+    actual = value_norm(value, weight @ weight.mT, gram=True)
+    error = {torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(actual.double(), exact, rtol=error, atol=0)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("dim,dtype", [(64, torch.float32), (128, torch.bfloat16)], ids=str)
+def test_gram_matrices_that_shared_memory_does_not_hold(monkeypatch, dim, dtype):
+    """PyTorch computes the L2 norm of wider heads on a GPU of which a program has 99 KB."""
+    launcher = import_module("hf_kvcache.kernels.triton_ops.value_norm")
+    for size, known in ((99, False), (163, True)):
+        monkeypatch.setattr(launcher, "shared_memory", lambda device, size=size: size * 1024)
+        for more, gram in ((0, True), (1, True), (1, False)):
+            value = draw(1, 1, 3, dim + more, dtype=dtype)
+            found = launcher.value_norm(value, draw(1, 1, dim + more, dim + more), gram)
+            assert (found is not NotImplemented) == (known or not more or not gram)
+
+
 @pytest.fixture
 def in_splits(backend, monkeypatch):
     """Rows of more than 128 scores are cut, as they are on a GPU from 16384 on."""

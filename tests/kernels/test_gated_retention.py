@@ -123,6 +123,38 @@ def test_strong_gates_do_not_overflow():
         assert bool(torch.isfinite(tensor).all())
 
 
+@pytest.mark.parametrize("length", [3, 100])
+@pytest.mark.parametrize("gate", [-1e4, -1e30, torch.finfo(torch.float32).min, -torch.inf], ids=str)
+def test_a_gate_that_forgets(gate, length):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in inputs(length)]
+        forgets = torch.zeros(length, dtype=torch.bool)
+        forgets[length // 3] = True
+        decay = tensors[3].masked_fill(forgets, gate)
+        form = gated_retention if dtype == torch.float32 else recurrent
+        out, state = form(*tensors[:3], decay, tensors[4])
+        decay.retain_grad()
+        (out.square().sum() + state.square().sum()).backward()
+        assert not decay.grad[..., forgets].any()
+        found.append([out.detach(), state.detach(), *(tensor.grad for tensor in tensors)])
+    for actual, expected in zip(*found, strict=True):
+        # sums behind the gate are rounded as numbers of 104
+        assert float((actual - expected).abs().max() / expected.abs().max()) <= 2e-5
+
+
+@pytest.mark.parametrize("gate", [-300.0, -1e4, -torch.inf])
+def test_a_gate_that_forgets_in_64_bit(gate):
+    tensors = [tensor.double() for tensor in inputs(20)]
+    tensors[3][:, :, 0] = gate
+    for tensor in tensors[:3]:
+        tensor[:, :, :19] = 0
+    out, state = gated_retention(*tensors)
+    exact_out, exact_state = recurrent(*tensors)
+    torch.testing.assert_close(out, exact_out, rtol=1e-12, atol=0)
+    torch.testing.assert_close(state, exact_state, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_accuracy_in_every_dtype(dtype):
     tensors = inputs(77, dtype)

@@ -117,6 +117,16 @@ def test_operator_is_registered_as_torch_wants_it(dtype):
     torch.library.opcheck(torch.ops.hf_kvcache.merge_states.default, tuple(states(dtype=dtype)))
 
 
+@pytest.mark.parametrize("transposed", [(0,), (2,), (0, 1, 2, 3)], ids=str)
+def test_the_result_has_its_own_order(transposed):
+    """Whatever that of the parts is: a compiled graph takes the strides from the fake operator."""
+    parts = states((2, 3, 5))
+    for index in transposed:
+        parts[index] = parts[index].transpose(0, 1).contiguous().transpose(0, 1)
+    torch.library.opcheck(torch.ops.hf_kvcache.merge_states.default, tuple(parts), test_utils=("test_faketensor",))
+    assert all(tensor.is_contiguous() for tensor in merge_states(*parts))
+
+
 def test_full_graph_compile():
     parts = states()
     compiled = torch.compile(merge_states, fullgraph=True, backend="eager")

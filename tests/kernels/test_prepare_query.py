@@ -60,6 +60,16 @@ def test_operator_is_registered_as_torch_wants_it(means):
     torch.library.opcheck(torch.ops.hf_kvcache.prepare_query.default, arguments, test_utils=tests)
 
 
+def test_the_result_has_its_own_order(backend):
+    """Whatever that of the query is: a compiled graph takes the strides from the fake operator."""
+    query = draw(2, 4, 3, 16).transpose(1, 2)
+    torch.library.opcheck(
+        torch.ops.hf_kvcache.prepare_query.default, (query, draw(16, 16, seed=1), draw(6, 16, seed=2), None),
+        test_utils=("test_faketensor",),
+    )  # fmt: skip
+    assert prepare_query(query, draw(16, 16, seed=1), None)[0].is_contiguous()
+
+
 def test_gradient_is_refused():
     turned, _ = prepare_query(draw(1, 1, 2, 16).requires_grad_(True), draw(16, 16, seed=1), None)
     with pytest.raises(RuntimeError, match="prepare_query has no gradient"):
