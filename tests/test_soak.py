@@ -9,9 +9,10 @@ On top of it calls that say the same thing in different ways are compared, metho
 model, and the model after `unpatch_model` with what it was.
 
 Two ways to read one prompt differ in the last bits of float32, and where a choice or a code is a tie, that turns it. A
-case that fails is therefore run once more in float64. Scores and codes stay in float32 there, so where that fails too,
-the same composition has to pass with other weights, three times: a fault does not hang on the last digit of a score.
-What passes is counted and may be one in a hundred. The comparison with reference attention has no such excuse.
+case that fails is therefore run once more in float64: of some ten thousand codes in a case it takes only one. Scores and
+codes stay in float32 there, so where that fails too, the same composition has to pass with other weights, three times:
+a fault does not hang on the last digit of a score. The first may be one in twenty, the second one in a hundred. The
+comparison with reference attention has no such excuse.
 """
 
 import copy
@@ -349,23 +350,28 @@ def folder_for(tmp_path, seed):
 @pytest.mark.slow
 def test_soak(tmp_path, checked_attention):
     seconds, first = float(os.environ.get("SOAK_SECONDS", 3600)), int(os.environ.get("SOAK_SEED", 0))
-    refusals, ties, seed, end = Counter(), [], first, time.monotonic() + seconds
+    refusals, rounded, ties, seed, end = Counter(), [], [], first, time.monotonic() + seconds
     while seed == first or time.monotonic() < end:
         doing = []
         try:
             try:
                 run(seed, torch.float32, folder_for(tmp_path, seed), refusals, doing)
             except AssertionError as error:
-                ties.append((doing[-1:], str(error)[:300]))
+                rounded.append((doing[-1:], str(error)[:300]))
                 try:
                     run(seed, torch.float64, folder_for(tmp_path, seed), Counter(), doing)
                 except AssertionError:
+                    ties.append(rounded.pop())
                     for draw in (1, 2, 3):
                         run(seed, torch.float64, folder_for(tmp_path, seed), Counter(), doing, draw)
         except Exception as error:
             raise AssertionError(f"SOAK_SECONDS=0 SOAK_SEED={seed} repeats it; {doing[-1:]}") from error
         seed += 1
     cases = seed - first
-    print(f"{cases} cases, {checked_attention['attentions']} attentions, {len(ties)} ties, refused: {refusals}")
+    print(
+        f"{cases} cases, {checked_attention['attentions']} attentions, {len(rounded)} rounded otherwise, {len(ties)} "
+        f"ties, refused: {refusals}"
+    )
+    assert len(rounded) <= 1 + cases // 20, rounded
     assert len(ties) <= 1 + cases // 100, ties
     assert sum(refusals.values()) <= cases / 4, refusals
