@@ -9,10 +9,10 @@ On top of it calls that say the same thing in different ways are compared, metho
 model, and the model after `unpatch_model` with what it was.
 
 Two ways to read one prompt differ in the last bits of float32, and where a choice or a code is a tie, that turns it. A
-case that fails is therefore run once more in float64: of some ten thousand codes in a case it takes only one. Scores and
-codes stay in float32 there, so where that fails too, the same composition has to pass with other weights, three times:
-a fault does not hang on the last digit of a score. The first may be one in twenty, the second one in a hundred. The
-comparison with reference attention has no such excuse.
+case that fails is therefore run once more in float64: of some ten thousand codes in a case it takes only one. Scores
+and codes stay in float32 there, so where that fails too, the same composition has to pass with other weights, three
+times: a fault does not hang on the last digit of a score. The first may be one in twenty, the second one in a hundred.
+The comparison with reference attention has no such excuse.
 """
 
 import copy
