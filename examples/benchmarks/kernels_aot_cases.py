@@ -135,6 +135,7 @@ def encoding_cases() -> Iterator[Case]:
     from hf_kvcache.codecs.codebooks import cubic
     from hf_kvcache.codecs.turboquant import KEY_FACTORS, VALUE_FACTORS
     from hf_kvcache.kernels.triton_ops import encode_entries
+    from hf_kvcache.kernels.triton_ops.placing import placing
 
     for dtype, dim, bits, gather, targets in [
         ("bf16", 128, (4, 4), False, (90,)), ("bf16", 128, (4, 4), False, (80, 100)),
@@ -150,19 +151,11 @@ def encoding_cases() -> Iterator[Case]:
             K=f"*{dtype}", V=f"*{dtype}", INDEX="*i64", OWNERS="*i64", SHIFT="*fp32",
             KW="*u16", KT="*u8", KS="*fp32", VW="*u16", VT="*u8", VS="*fp32",
         )  # fmt: skip
-        whole = (
-            "entries",
-            "tiles",
-            "heads",
-            "tokens",
-            "head_shift",
-            "token_shift",
-            "last_owner",
-            *(f"{x}_{axis}" for x in "kv" for axis in AXES),
-        )
+        whole = ["entries", "tiles", "heads", "tokens", "head_shift", "token_shift", "last_owner"]
+        whole += [f"{x}_{axis}" for x in "kv" for axis in AXES]
         types |= dict.fromkeys(whole, "i32") | dict(size="fp32", head_factor="i64", token_factor="i64")
         books = [
-            encode_entries.placing(tuple(cubic(dim, width).tolist()), factors)[1:]
+            placing(tuple(cubic(dim, width).tolist()), factors)[1:]
             for width, factors in zip(bits, (KEY_FACTORS, VALUE_FACTORS), strict=True)
         ]
         constants = made | dict(KEY_BOOK=books[0], VALUE_BOOK=books[1], GATHER=gather, FLAT=not gather)

@@ -196,7 +196,7 @@ def test_division_by_a_product(divisor):
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_constants_of_levels(dim, bits):
     """In float16 they give back the levels, and the place of a number up to a fiftieth of a step."""
-    from hf_kvcache.kernels.triton_ops.encode_entries import placing
+    from hf_kvcache.kernels.triton_ops.placing import placing
 
     book = cubic(dim, bits)
     width, *pairs, curve, (factor, *numbers) = placing(tuple(book.tolist()), (0.9,))
