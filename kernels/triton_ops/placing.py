@@ -1,7 +1,7 @@
 """How the encoding kernel finds the level nearest to a number: by a polynomial, whose numbers are made here.
 
-Levels are t (a + b t²) with t = code - (2^bits - 1) / 2. The polynomial is the inverse, a few powers long; what it gives
-is rounded to a whole number when MAGIC is added to it in float16 (see `halves.py`).
+Levels are t (a + b t²) with t = code - (2^bits - 1) / 2. The polynomial is the inverse, a few powers long; what it
+gives is rounded to a whole number when MAGIC is added to it in float16 (see `halves.py`).
 """
 
 from functools import lru_cache
