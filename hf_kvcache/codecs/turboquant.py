@@ -197,11 +197,18 @@ def _means(key: Tensor, owners: Tensor | None, center: bool) -> Tensor:
         return key.new_zeros(1, key.shape[1])
     if owners is None:
         return key.to(torch.float32).mean(0, keepdim=True).to(key.dtype)
-    if owners.dim() == 2 and owners.numel():
-        return key.view(*owners.shape, -1).mean(1, dtype=torch.float32).to(key.dtype)
+    if owners.dim() == 2 and owners.numel() and key.device.type != "cpu":
+        # the sums below are taken entry by entry: on a CPU a row's are then the same in any batch, to the last bit, but
+        # a GPU would spend more time on them than on the codes
+        return _means_of_runs(key, owners)
     owners = owners.flatten().to(key.device)
     count = int(owners.max()) + 1 if len(owners) else 1
     total = torch.zeros(count, key.shape[1], device=key.device).index_add_(0, owners, key.to(torch.float32))
     # not `bincount`, which waits for the GPU to find the largest owner again
     members = torch.zeros(count, device=key.device).index_add_(0, owners, torch.ones_like(owners, dtype=torch.float32))
     return (total / members.clamp_min(1)[:, None]).to(key.dtype)
+
+
+def _means_of_runs(key: Tensor, owners: Tensor) -> Tensor:
+    """The same for owners `[O, N / O]`, whose entries lie one owner after the other."""
+    return key.view(*owners.shape, -1).mean(1, dtype=torch.float32).to(key.dtype)
