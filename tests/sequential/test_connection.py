@@ -42,6 +42,10 @@ def pages(store):
     return found
 
 
+# a fork copies the locks of all threads, and a worker that has run thousands of tests has threads of many packages
+forks = pytest.mark.slow
+
+
 def forked(task):
     """Runs a task in a child that forks from this process; whether it ended and did what it should."""
     child = os.fork()
@@ -74,6 +78,7 @@ def written(store, pages):
     assert store.verify() == (6, [])
 
 
+@forks
 def test_a_fork_while_the_writer_waits_hangs_nobody(store, pages, held):
     store.submit(partial(put_chain, store, chain(1, 1)), 1)
     time.sleep(0.5)
@@ -100,6 +105,7 @@ def test_who_reads_waits_for_nobody_who_writes(store, pages, held, first):
     assert store.counts.failures == 0 and len(list(store.entries())) == 4
 
 
+@forks
 def test_a_child_uses_nothing_that_was_open_before_the_fork(store, pages):
     assert not store.backend._writing.closed and not store.backend._reading.closed
     assert forked(partial(written, store, chain(3, 1)))
